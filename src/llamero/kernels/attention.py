@@ -1,0 +1,130 @@
+"""Blocks of softmax attention that return their log-sum-exp, so that blocks can be merged.
+
+`masked` is the oracle: any mask, float32, three lines of mathematics. `documents` is what training runs:
+each document attends to itself causally and no mask is ever built.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def masked(
+    q: Float[Tensor, "queries heads d"],
+    k: Float[Tensor, "keys kv d"],
+    v: Float[Tensor, "keys kv d"],
+    mask: Bool[Tensor, "queries keys"],
+) -> tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]]:
+    """Return attention under any mask (True = may look) and its log-sum-exp; every query must see a key."""
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))  # (keys, heads, d)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~mask, -math.inf)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+    return out.to(q.dtype), scores.logsumexp(-1).T
+
+
+def documents(
+    q: Float[Tensor, "tokens heads d"],
+    k: Float[Tensor, "tokens kv d"],
+    v: Float[Tensor, "tokens kv d"],
+    lengths: Sequence[int],
+) -> tuple[Float[Tensor, "tokens heads d"], Float[Tensor, "tokens heads"]]:
+    """Return causal attention within each of the documents that lie one after the other."""
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return _documents_cuda(q, k, v, lengths)
+    if q.device.type == "cpu" and q.dtype != torch.float64:
+        return _CpuDocuments.apply(q, k, v, tuple(lengths))
+    return masked(q, k, v, same_document(lengths, device=q.device))
+
+
+def same_document(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> Bool[Tensor, "tokens tokens"]:
+    """Return the dense mask that `documents` never builds: same document, and not later."""
+    sizes = torch.tensor(lengths, device=device)
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes)
+    return (document[:, None] == document[None, :]).tril()
+
+
+class _CpuDocuments(torch.autograd.Function):
+    """One call of torch's CPU flash attention per run of documents of equal length.
+
+    Written by hand because slicing under autograd would copy all of q, k and v once per document.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        for start, count, length in _runs(lengths):
+            qs, ks, vs, os, ls = (_fold(x, start, count, length) for x in (q, k, v, out, lse))
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs, 0.0, True)
+            os.copy_(part)
+            ls.copy_(part_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.lengths = lengths
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grad_out = grad_outputs[0]
+        for start, count, length in _runs(ctx.lengths):
+            qs, ks, vs, os, ls, gs = (_fold(x, start, count, length) for x in (q, k, v, out, lse, grad_out))
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gs, qs, ks, vs, os, ls, 0.0, True
+            )
+            for grad, part in zip(grads, parts, strict=True):
+                _fold(grad, start, count, length).copy_(part)
+        return (*grads, None)
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (first token, documents, length of each) for every run of neighbours of one length."""
+    runs: list[tuple[int, int, int]] = []
+    position = 0
+    for length in lengths:
+        if runs and runs[-1][2] == length:
+            start, count, _ = runs[-1]
+            runs[-1] = (start, count + 1, length)
+        elif length:
+            runs.append((position, 1, length))
+        position += length
+    return runs
+
+
+def _fold(x: Tensor, start: int, count: int, length: int) -> Tensor:
+    """Return `count` documents of `x` as (count, heads, length, …), a view."""
+    return x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+
+
+def _documents_cuda(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    longest = max(lengths)
+    out, lse = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    return out, lse.T
+
+
+def tree_mask(parents: Int[Tensor, " keys"], queries: int) -> Bool[Tensor, "queries keys"]:
+    """Return which keys the last `queries` nodes of a tree may see: themselves and their ancestors.
+
+    Args:
+        parents: Index of each node's parent, -1 for a root; a parent stands before its children.
+        queries: How many nodes, from the end, ask.
+    """
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents.tolist()):
+        if parent >= node:
+            raise ValueError(f"node {node} stands before its parent {parent}")
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask[len(parents) - queries :].to(parents.device)
