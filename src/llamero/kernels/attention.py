@@ -1,7 +1,8 @@
 """Blocks of softmax attention that return their log-sum-exp, so that blocks can be merged.
 
-`masked` is the oracle: any mask, float32, three lines of mathematics. `documents` is what training runs:
-each document attends to itself causally and no mask is ever built.
+`masked` is the oracle: any mask, at least float32, three lines of mathematics. `documents` is what training
+runs: each document attends to itself causally and no mask is ever built. `batched` serves rows of keys with a
+bias (a tree of prefixes, pages of a cache), and `merge` joins what two blocks of keys have to say.
 """
 
 import math
@@ -20,12 +21,58 @@ def masked(
     mask: Bool[Tensor, "queries keys"],
 ) -> tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]]:
     """Return attention under any mask (True = may look) and its log-sum-exp; every query must see a key."""
-    groups = q.shape[1] // k.shape[1]
-    keys, values = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))  # (keys, heads, d)
-    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~mask, -math.inf)
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
-    return out.to(q.dtype), scores.logsumexp(-1).T
+    bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+    out, lse = _batched_plain(q[None], k[None], v[None], bias[None])
+    return out[0], lse[0]
+
+
+def batched(
+    q: Float[Tensor, "batch queries heads d"],
+    k: Float[Tensor, "batch keys kv d"],
+    v: Float[Tensor, "batch keys kv d"],
+    bias: Float[Tensor, "#batch #queries keys"] | None = None,
+) -> tuple[Float[Tensor, "batch queries heads d"], Float[Tensor, "batch queries heads"]]:
+    """Return attention of each row to its own keys, with a bias on the scores, and its log-sum-exp.
+
+    Args:
+        q: Queries.
+        k: Keys; heads share them in groups.
+        v: Values.
+        bias: 0 where a query may look, -inf where not, float32; `None` lets all look at all.
+    """
+    if q.device.type != "cpu":
+        return _batched_plain(q, k, v, bias)
+    qs, ks, vs = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        qs, ks, vs, 0.0, False, attn_mask=None if bias is None else bias[:, None]
+    )
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _batched_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    groups, wide = q.shape[2] // k.shape[2], wide_dtype(q.dtype)
+    keys, values = (x.to(wide).repeat_interleave(groups, dim=2) for x in (k, v))  # (batch, keys, heads, d)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias[:, None]
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+    return out.to(q.dtype), scores.logsumexp(-1).transpose(1, 2)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of scores and log-sum-exp: float32, or float64 for inputs of that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def merge(
+    a: tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]],
+    b: tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]],
+) -> tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]]:
+    """Return attention to two blocks of keys from attention to each (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
+    lse = torch.logaddexp(a[1], b[1])
+    out = sum(out.to(lse.dtype) * (part - lse).exp()[..., None] for out, part in (a, b))
+    assert isinstance(out, Tensor)
+    return out.to(a[0].dtype), lse
 
 
 def documents(
@@ -34,10 +81,13 @@ def documents(
     v: Float[Tensor, "tokens kv d"],
     lengths: Sequence[int],
 ) -> tuple[Float[Tensor, "tokens heads d"], Float[Tensor, "tokens heads"]]:
-    """Return causal attention within each of the documents that lie one after the other."""
+    """Return causal attention within each of the documents that lie one after the other.
+
+    The log-sum-exp carries no gradient.
+    """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _documents_cuda(q, k, v, lengths)
-    if q.device.type == "cpu" and q.dtype != torch.float64:
+    if q.device.type == "cpu":
         return _CpuDocuments.apply(q, k, v, tuple(lengths))
     return masked(q, k, v, same_document(lengths, device=q.device))
 
@@ -58,7 +108,7 @@ class _CpuDocuments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype))
         for start, count, length in _runs(lengths):
             qs, ks, vs, os, ls = (_fold(x, start, count, length) for x in (q, k, v, out, lse))
             part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs, 0.0, True)
@@ -121,10 +171,23 @@ def tree_mask(parents: Int[Tensor, " keys"], queries: int) -> Bool[Tensor, "quer
         parents: Index of each node's parent, -1 for a root; a parent stands before its children.
         queries: How many nodes, from the end, ask.
     """
-    mask = torch.eye(len(parents), dtype=torch.bool)
-    for node, parent in enumerate(parents.tolist()):
+    mask = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for start, stop, parent in chains(parents.tolist()):
+        if parent >= 0:
+            mask[start:stop] = mask[parent]
+        mask[start:stop, start:stop] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+    return mask[len(parents) - queries :].to(parents.device)
+
+
+def chains(parents: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (start, stop, parent of the first) of the runs of nodes that each follow the node before them."""
+    found: list[tuple[int, int, int]] = []
+    for node, parent in enumerate(parents):
         if parent >= node:
             raise ValueError(f"node {node} stands before its parent {parent}")
-        if parent >= 0:
-            mask[node] |= mask[parent]
-    return mask[len(parents) - queries :].to(parents.device)
+        if found and parent == node - 1:
+            start, _, first = found[-1]
+            found[-1] = (start, node + 1, first)
+        else:
+            found.append((node, node + 1, parent))
+    return found

@@ -1,0 +1,67 @@
+"""A MODEL is a directory or `owner/name[:revision]` of the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llamero.core.errors import LlameroError
+
+_HUB = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<revision>[\w./-]+))?$")
+
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
+
+
+def resolve_model(model: str | Path) -> Path:
+    """Return the directory of a model, downloading it (resumable, with the user's own login) if it is a hub name."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    found = _HUB.match(str(model))
+    if path.exists() or not found or str(model).startswith((".", "/", "~")):
+        raise LlameroError(
+            "no such model directory" if not path.exists() else "a model is a directory, this is a file",
+            where=model,
+            fix="give a Hugging Face model directory or `owner/name[:revision]`",
+        )
+    return _download(found["repo"], found["revision"])
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = f"{repo}:{revision}" if revision else repo
+    try:
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(
+                snapshot_download(repo, revision=revision, allow_patterns=[*PATTERNS, "pytorch_model*.bin"])
+            )
+    except GatedRepoError as error:
+        raise LlameroError(
+            "the owner must grant you access first",
+            where=name,
+            fix=f"ask for it at https://huggingface.co/{repo}, then `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LlameroError(f"{repo} has no revision `{revision}`", where=name) from error
+    except RepositoryNotFoundError as error:
+        raise LlameroError(
+            "neither a directory here nor a model on the hub (or it is private)",
+            where=name,
+            fix="check the spelling; for a private model `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LlameroError(
+            f"not a directory here, and neither the hub nor its cache answers ({type(error).__name__})",
+            where=name,
+            fix="give a directory, or run once with a connection",
+        ) from error
+    return directory

@@ -1,0 +1,102 @@
+"""Files that are whole or not there: written beside, then renamed; and the digests that name them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamero.core.errors import LlameroError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that no reader ever sees half of."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(directory: Path) -> None:
+    """Force the files of a directory to disk, so that a rename after it is not ahead of them."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def disk_errors_named(where: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says so; everything else passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise LlameroError(
+            f"no room to write ({error.strerror}); what was finished before is kept",
+            where=where,
+            fix="free some space and run the same command again: it goes on where it stopped",
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of a value, for digests."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class ContentDigests:
+    """Digests of files outside the run, remembered by path, size and time so that a second run need not read them.
+
+    Args:
+        memory: JSON file that remembers.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        self._known: dict[str, list[Any]] = json.loads(memory.read_text()) if memory.exists() else {}
+
+    def __call__(self, path: Path) -> str:
+        """Return the digest of a file, or of a directory: of its files' names and contents."""
+        if not path.exists():
+            raise LlameroError("no such file or directory", where=path)
+        if path.is_dir():
+            # hidden files are tools' own (.git, .cache); a README does not change what a model computes
+            files = sorted(
+                p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"
+            )
+            parts = {str(p.relative_to(path)): self(p) for p in files}
+            return hashlib.sha256(canonical(parts).encode()).hexdigest()
+        stat = path.stat()
+        key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(key)
+        if known and known[:2] == stamp:
+            return known[2]
+        digest = sha256(path)
+        self._known[key] = [*stamp, digest]
+        write_json(self._memory, self._known)
+        return digest

@@ -1,0 +1,108 @@
+"""What a recipe says of its data: sources, mixtures of them, and tokens added to the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from llamero.core.config import Strict
+
+Layout = Literal["alpaca", "alpaca-rendered", "orca", "sharegpt", "messages", "pair", "text"]
+
+
+class _Source(Strict):
+    weight: float = Field(default=1.0, gt=0)
+    """How often each sample is taken; 2.5 takes each twice and every other one a third time."""
+    val_split: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the samples kept for validation."""
+    max_val_set: int | None = Field(default=None, ge=0)
+    """Most samples kept for validation; the rest goes back to training."""
+
+
+class FileSource(_Source):
+    """Rows of a file, a directory of files, or a data set of the hub."""
+
+    source: str
+    """Name of the source, in reports."""
+    path: str | None = None
+    """JSON, JSONL, Parquet or text file (also .gz), or a directory of them, relative to the recipe."""
+    hub: str | None = None
+    """`owner/name` of a hub data set, read through `datasets` (`pip install llamero[data]`)."""
+    split: str = "train"
+    """Split of the hub data set."""
+    layout: Layout | None = None
+    """Layout of the rows; recognised by their keys where it is not stated."""
+    on_error: Literal["error", "skip"] = "error"
+    """What a malformed row does: stop everything, or be counted and skipped."""
+    limit: int | None = Field(default=None, gt=0)
+    """Rows to read at most."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give `path` or `hub`, one of them")
+        return self
+
+
+class ToyWorldSource(_Source):
+    """Text of the small invented world that the quickstart learns."""
+
+    toy_world: Literal["documents", "conversations"]
+    """Statements to learn the world from, or questions and answers about half of it."""
+    count: int = Field(gt=0)
+    """Samples to generate."""
+    seed: int = 1
+    """Which world."""
+
+    @property
+    def source(self) -> str:
+        """Return the name of the source, in reports."""
+        return f"toy_world {self.toy_world}"
+
+
+def _kind(value: Any) -> str:
+    named = value if isinstance(value, dict) else vars(value)
+    return "toy_world" if "toy_world" in named else "file"
+
+
+SourceConfig = Annotated[
+    Annotated[FileSource, Tag("file")] | Annotated[ToyWorldSource, Tag("toy_world")], Discriminator(_kind)
+]
+
+
+class MixtureConfig(Strict):
+    """Sources that are learned together."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Where the samples come from."""
+    min_assistant_tokens: int = Field(default=0, ge=0)
+    """Conversations whose assistant says less are skipped."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.source for source in self.sources]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two sources are called `{min(twice)}`; give each its own name")
+        return self
+
+
+class DataConfig(Strict):
+    """The data of a release."""
+
+    extra_tokens: list[str] = []
+    """Special tokens that get the next free ids, in this order; those that a template needs included."""
+    mixtures: dict[str, MixtureConfig] = {}
+    """Mixtures by name; training stages and calibration refer to them."""
+
+
+class VocabularyConfig(Strict):
+    """A tokenizer to train, for a model that starts from nothing."""
+
+    size: int = Field(gt=258)
+    """Tokens, the special ones included."""
+    mixture: str
+    """Mixture whose text it is trained on."""
+    split_digits: bool = True
+    """Whether each digit is a token of its own."""

@@ -1,0 +1,169 @@
+"""The training loop: the same for language modelling and instruction tuning.
+
+The loss of a step is Σ weight·nll over its supervised tokens divided by Σ weight over the whole step, so
+that accumulating k micro-batches is the same as one batch k times as large.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamero.core import progress
+from llamero.core.errors import LlameroError
+from llamero.core.interrupt import Deferred, Interrupted
+from llamero.engine import resume
+from llamero.engine.batches import Batch, Batches
+from llamero.engine.metrics import Metrics, read_lines
+from llamero.engine.optimizer import adamw
+from llamero.engine.schedule import learning_rate
+from llamero.engine.stage import StageConfig
+from llamero.kernels.cross_entropy import linear_cross_entropy
+from llamero.model.llama import Llama
+from llamero.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished stage can say of itself."""
+
+    steps: int
+    tokens: int
+    supervised_tokens: int
+    loss: float
+    """Of the last step."""
+    validation_loss: float | None
+
+
+def train(
+    model: Llama,
+    batches: Batches,
+    stage: StageConfig,
+    directory: Path,
+    *,
+    parallel: ParallelConfig,
+    validation: Batches | None = None,
+) -> Outcome:
+    """Train a model in place, from the last checkpoint in `directory` if there is one.
+
+    Args:
+        model: In float32, on its device.
+        batches: Every batch of the stage.
+        stage: How to train.
+        directory: For checkpoints and metrics.jsonl.
+        parallel: How many rows go through the model at a time.
+        validation: Rows to measure the loss on every `eval_every` steps and at the end.
+
+    Raises:
+        LlameroError: If the loss is not finite; the last checkpoint is kept.
+        Interrupted: After Ctrl-C, when the step in hand is saved.
+    """
+    optimizer = adamw(model, stage)
+    checkpoints = directory / "checkpoints"
+    first = resume.load(checkpoints, model=model, optimizer=optimizer)
+    run = _Run(model, stage, batches, parallel)
+    bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
+    with Metrics(directory / "metrics.jsonl", step=first) as metrics, bar, Deferred() as stop:
+        for step in range(first, batches.steps):
+            line = run.step(step, optimizer)
+            done = step + 1
+            last = done == batches.steps
+            if validation is not None and (last or (stage.eval_every and done % stage.eval_every == 0)):
+                line["validation_loss"] = run.validate(validation)
+            metrics.write(line)
+            bar.advance(1, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
+            if done % stage.save_every == 0 or stop.asked or last:
+                resume.save(checkpoints, step=done, model=model, optimizer=optimizer)
+            if stop.asked and not last:
+                raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
+    return _outcome(read_lines(directory / "metrics.jsonl"))
+
+
+def _outcome(lines: list[dict[str, float]]) -> Outcome:
+    """Return the sum of a stage, over all the runs that it took."""
+    return Outcome(
+        steps=len(lines),
+        tokens=int(sum(line["tokens"] for line in lines)),
+        supervised_tokens=int(sum(line["supervised_tokens"] for line in lines)),
+        loss=lines[-1]["loss"],
+        validation_loss=lines[-1].get("validation_loss"),
+    )
+
+
+class _Run:
+    def __init__(self, model: Llama, stage: StageConfig, batches: Batches, parallel: ParallelConfig) -> None:
+        self.model, self.stage, self.batches = model, stage, batches
+        self.device = model.model.embed_tokens.weight.device
+        self.micro = parallel.micro_batch or stage.batch
+
+    def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
+        """Take one optimizer step and return its line of metrics."""
+        began = time.monotonic()
+        rate = learning_rate(self.stage, step, steps=self.batches.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = self.batches.rows_of(step)
+        parts = [self.batches.assemble(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
+        total_weight = sum(float(part.weights.sum()) for part in parts)
+        loss = 0.0
+        for part in parts:
+            share = self._loss_sum(part) / total_weight
+            share.backward()
+            loss += share.item()
+        self._refuse_not_finite(loss, step, rows, parts)
+        norm = self._clip()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens, supervised = sum(len(p.ids) for p in parts), sum(len(p.targets) for p in parts)
+        seconds = time.monotonic() - began
+        line = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
+        line |= {"supervised_tokens": supervised, "tokens_per_second": round(tokens / seconds, 1)}
+        if self.device.type == "cuda":
+            line["max_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        return line
+
+    def _loss_sum(self, part: Batch) -> Tensor:
+        with self._precision():
+            hidden = self.model.packed_hidden(part.ids.to(self.device), part.lengths)
+            learned = hidden if len(part.learned) == len(part.ids) else hidden[part.learned.to(self.device)]
+            return linear_cross_entropy(
+                learned, self.model.lm_head.weight, part.targets.to(self.device), part.weights.to(self.device)
+            )
+
+    def _precision(self) -> AbstractContextManager[object]:
+        wanted = self.stage.precision
+        if wanted == "float32" or (wanted == "auto" and self.device.type == "cpu"):
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _clip(self) -> float:
+        limit = self.stage.clip or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+
+    def _refuse_not_finite(self, loss: float, step: int, rows: list[int], parts: list[Batch]) -> None:
+        if math.isfinite(loss):
+            return
+        documents = sorted({number for part in parts for number in part.documents})
+        raise LlameroError(
+            f"the loss of step {step + 1} is {loss} (rows {_few(rows)}; documents {_few(documents)})",
+            where=f"stage {self.stage.name}",
+            fix="lower `lr`, or look at these documents; the last checkpoint before this step is kept",
+        )
+
+    @torch.no_grad()
+    def validate(self, validation: Batches) -> float:
+        """Return the loss per unit of weight over all validation rows."""
+        loss = weight = 0.0
+        for start in range(0, len(validation), self.micro):
+            part = validation.assemble(range(start, min(start + self.micro, len(validation))))
+            loss += self._loss_sum(part).item()
+            weight += float(part.weights.sum())
+        return loss / weight
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (" …" if len(numbers) > 8 else "")

@@ -1,0 +1,39 @@
+"""metrics.jsonl: one line a step, the record that TensorBoard, wandb and the card read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+
+class Metrics:
+    """Appends lines to metrics.jsonl; what a killed run wrote beyond its checkpoint is taken back first.
+
+    Args:
+        path: The file.
+        step: Steps that count as done; lines of later steps are removed.
+    """
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, values: Mapping[str, float | int]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a metrics file; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]

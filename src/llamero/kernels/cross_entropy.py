@@ -1,0 +1,83 @@
+"""Cross-entropy of a linear head, without ever holding [tokens, vocabulary].
+
+The gradient is computed in the forward pass, chunk by chunk, while the logits of the chunk are at hand:
+three matrix products in all where recomputing the logits would need four.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at a time (16 MiB in float32)."""
+
+
+def plain(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+) -> Float[Tensor, ""]:
+    """Return Σ weight·(−log p(target)), all logits at once: the oracle."""
+    return (F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none") * weights).sum()
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+) -> Float[Tensor, ""]:
+    """Return Σ weight·(−log p(target)) in float32.
+
+    Args:
+        hidden: Last hidden states, only of the positions that are learned.
+        weight: The head.
+        targets: The token that follows each position.
+        weights: How much each position counts.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        compute = weight.to(hidden.dtype)  # under autocast the head is still float32
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = (hidden[part] @ compute.T).float()  # (chunk, vocab)
+            lse = logits.logsumexp(-1)
+            target = targets[part, None]
+            loss += ((lse - logits.gather(1, target)[:, 0]) * weights[part]).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = logits.sub_(lse[:, None]).exp_()  # softmax, in place
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            grad = grad.mul_(weights[part, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, compute, out=grad_hidden[part])
+            if grad_weight is not None:
+                if grad.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, hidden[part])
+                else:
+                    grad_weight += grad.T @ hidden[part]
+        ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grad_hidden, grad_weight = ctx.grads
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype)),
+            None,
+            None,
+        )
