@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from llamero.core.errors import LlameroError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Strict(BaseModel):
     """A config that refuses unknown keys and cannot be changed; docstrings under fields are its manual."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def parse(kind: Any, keys: Mapping[str, object]) -> Any:
+    """Return the config that a command line describes.
+
+    Args:
+        kind: A config class, or a union of some.
+        keys: Its fields.
+
+    Raises:
+        LlameroError: Naming the first key that does not fit.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(keys))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        raise LlameroError(f"{place}: {text[:1].lower()}{text[1:]} (got {first['input']!r})") from error

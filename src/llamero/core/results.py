@@ -36,7 +36,12 @@ class Result:
 
 def write(directory: Path, results: list[Result]) -> None:
     """Write the results of a stage."""
-    files.write_json(directory / FILE, {"results": [asdict(r) for r in results], "software": software()})
+    write_file(directory / FILE, results)
+
+
+def write_file(path: Path, results: list[Result]) -> None:
+    """Write results to a file."""
+    files.write_json(path, {"results": [asdict(r) for r in results], "software": software()})
 
 
 def read(directory: Path) -> list[Result]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llamero.core.errors import LlameroError, did_you_mean
-from llamero.text.messages import Message
 from llamero.text.alpaca import alpaca_unwrap
+from llamero.text.messages import Message
 
 Row = Mapping[str, Any]
 

@@ -1,0 +1,476 @@
+"""The command line: one function a command, and the only place that prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from llamero.core import progress
+from llamero.core.errors import LlameroError
+from llamero.core.interrupt import Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llamero.core.results import Result
+    from llamero.infer.chat import Chat
+    from llamero.infer.sampler import Sampling
+    from llamero.pipeline import Outcome, Row
+
+out = Console()
+err = Console(stderr=True)
+
+app = App(
+    name="llamero",
+    help="From a Llama's base weights to a published, measured, served release: one recipe in.",
+    version_flags=["--version"],
+)
+
+Override = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False, negative=())]
+Recipe = Annotated[Path, Parameter(help="YAML file that describes the release.")]
+Model = Annotated[str, Parameter(help="Model directory, or owner/name[:revision] of the hub.")]
+
+
+@app.command
+def run(
+    recipe: Recipe, *, out_dir: Annotated[Path | None, Parameter(name="--out")] = None, set_: Override = ()
+) -> None:
+    """Make a release: every stage that is not there yet, from data to the card.
+
+    Parameters
+    ----------
+    out_dir
+        Run directory; runs/NAME by default. Run again to continue or to redo what a change touches.
+    set_
+        Override a key: --set train.sft.lr=1e-5 (a list item goes by its name or number).
+    """
+    from llamero import pipeline
+    from llamero.recipe.load import load
+
+    parsed = load(recipe, set_)
+    target = out_dir or Path("runs") / parsed.name
+    with _Bars():
+        outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=_say_row)
+    _say_outcome(outcome)
+
+
+@app.command
+def check(
+    recipe: Recipe, *, out_dir: Annotated[Path | None, Parameter(name="--out")] = None, set_: Override = ()
+) -> None:
+    """Validate a recipe and print what would run; trains nothing and needs no GPU.
+
+    Parameters
+    ----------
+    out_dir
+        Run directory to compare with; runs/NAME by default.
+    set_
+        Override a key, as for `run`.
+    """
+    from llamero import pipeline
+    from llamero.core import artifact
+    from llamero.recipe.load import load
+
+    parsed = load(recipe, set_)
+    target = out_dir or Path("runs") / parsed.name
+    plan = pipeline.Plan(parsed, recipe.parent, target)
+    table = Table("stage", "digest", "state", title=f"{recipe}: {parsed.name}")
+    for stage in plan.stages:
+        for name, identity in stage.identities.items():
+            there = artifact.find(target, identity) is not None
+            table.add_row(name, identity.digest[: artifact.DIGITS], "there" if there else "to make")
+    out.print(table)
+
+
+@app.command
+def evaluate(
+    model: Model,
+    *,
+    tasks: str,
+    data: Path | None = None,
+    text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
+    limit: int | None = None,
+    subjects: int | None = None,
+    truthfulqa: Literal["2021", "later"] = "2021",
+    window: int = 512,
+    stride: int = 256,
+    template: str = "auto",
+    json: Path | None = None,
+) -> None:
+    """Measure a model.
+
+    Parameters
+    ----------
+    tasks
+        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity or toy_world.
+    data
+        Directory of the benchmark files (for h4 and its parts).
+    text
+        Text file to measure perplexity on; may be given several times.
+    limit
+        Questions of each task.
+    subjects
+        MMLU subjects to take, the first ones by name.
+    truthfulqa
+        Edition of TruthfulQA; the published scores used that of 2021.
+    window
+        Tokens of a perplexity window.
+    stride
+        Tokens between windows.
+    template
+        Chat template of prompts (toy_world).
+    json
+        Also write the results to this file.
+    """
+    from llamero.core.config import parse
+    from llamero.core.download import resolve_model
+    from llamero.core.results import write_file
+    from llamero.evaluate.config import EvaluateConfig
+
+    keys: dict[str, object] = {"tasks": tasks}
+    if tasks == "perplexity":
+        keys |= {"texts": {path.name: str(path.resolve()) for path in text}, "window": window, "stride": stride}
+        if not text:
+            raise LlameroError("perplexity of what?", fix="give --text FILE")
+    elif tasks != "toy_world":
+        if data is None:
+            raise LlameroError("the benchmark files are needed", fix="give --data DIR (layout: docs/evaluate.md)")
+        keys |= {"data": str(data.resolve()), "limit": limit, "subjects": subjects, "truthfulqa": truthfulqa}
+    task = parse(EvaluateConfig, keys)
+    directory = resolve_model(model)
+    from llamero.evaluate.run import run as measure
+
+    with _Bars():
+        found = measure(task, model=directory, name=model, template=template, root=Path())
+    _say_results(found)
+    if json is not None:
+        write_file(json, found)
+
+
+@app.command
+def quantize(
+    model: Model,
+    out_dir: Annotated[Path, Parameter(help="Directory that gets one directory per variant.")],
+    *,
+    variant: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (
+        "gptq-4bit-128g-actorder_True",
+    ),
+    text: Path,
+    sequence: int = 512,
+    tokens: int = 65_536,
+    damp: float = 0.01,
+    sym: bool = True,
+) -> None:
+    """Quantize a model to one or more variants, from one look at a calibration text.
+
+    Parameters
+    ----------
+    variant
+        gptq-4bit-128g-actorder_True, rtn-4bit-128g and so on; may be given several times.
+    text
+        Calibration text (a .txt file).
+    sequence
+        Tokens of a calibration sequence.
+    tokens
+        Calibration tokens in all.
+    damp
+        Dampening, as a fraction of the mean of the Hessian's diagonal.
+    sym
+        Symmetric grids.
+    """
+    from llamero.core.config import parse
+    from llamero.core.download import resolve_model
+    from llamero.core.files import disk_errors_named
+    from llamero.quantize.config import QuantizeConfig
+
+    calibration = {"text": str(text), "sequence": sequence, "tokens": tokens}
+    keys = {"variants": variant, "calibration": calibration, "damp": damp, "sym": sym}
+    config: QuantizeConfig = parse(QuantizeConfig, keys)
+    directory = resolve_model(model)
+    taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
+    if taken:
+        raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
+    from llamero.quantize.run import run as make
+    from llamero.quantize.sequences import from_text
+    from llamero.text.tokenizer import load_tokenizer
+
+    with _Bars(), disk_errors_named(out_dir):
+        sequences = from_text(text, load_tokenizer(directory), config.calibration)
+        reports = make(config, model=directory, out=lambda variant: out_dir / variant.name, tokens=sequences)
+    table = Table("variant", "size", "bits per weight", "error per weight")
+    for report in reports:
+        bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
+        table.add_row(report.variant.name, _size(report.size_bytes), bits, error)
+    out.print(table)
+    out.print(f"written to {out_dir}")
+
+
+@app.command
+def generate(
+    model: Model,
+    prompt: Annotated[str, Parameter(help="What the user says; - reads standard input.")],
+    *,
+    system: str = "",
+    template: str = "auto",
+    raw: bool = False,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Answer one prompt, streaming.
+
+    Parameters
+    ----------
+    system
+        System message.
+    template
+        Chat template; auto is the model's own.
+    raw
+        Continue the prompt as it is, without a template.
+    temperature
+        0 is greedy.
+    top_p
+        Keep the likeliest tokens up to this probability.
+    top_k
+        Keep this many of the likeliest tokens; 0 keeps all.
+    repetition_penalty
+        Above 1 makes repetition less likely.
+    max_new_tokens
+        Longest answer.
+    seed
+        Same seed, same text.
+    dtype
+        Precision to compute in.
+    """
+    import llamero
+    from llamero.infer.chat import Chat, continue_text
+
+    sampling = _sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    with _Bars():
+        loaded, tokenizer = llamero.load_model(model, dtype=dtype), llamero.load_tokenizer(model)
+    said = sys.stdin.read() if prompt == "-" else prompt
+    if raw:
+        pieces = continue_text(loaded, tokenizer, said, sampling)
+    else:
+        pieces = Chat(loaded, tokenizer, template=template, system=system).answer(said, sampling)
+    for piece in pieces:
+        out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+
+
+@app.command
+def chat(
+    model: Model,
+    *,
+    system: str = "",
+    template: str = "auto",
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Talk with a model. /system TEXT, /reset and /quit are commands; Ctrl-C stops an answer, Ctrl-D ends.
+
+    Parameters
+    ----------
+    system
+        System message.
+    template
+        Chat template; auto is the model's own.
+    temperature
+        0 is greedy.
+    top_p
+        Keep the likeliest tokens up to this probability.
+    top_k
+        Keep this many of the likeliest tokens; 0 keeps all.
+    repetition_penalty
+        Above 1 makes repetition less likely.
+    max_new_tokens
+        Longest answer.
+    seed
+        Same seed, same text.
+    dtype
+        Precision to compute in.
+    """
+    import llamero
+    from llamero.infer.chat import Chat
+
+    sampling = _sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    with _Bars():
+        loaded, tokenizer = llamero.load_model(model, dtype=dtype), llamero.load_tokenizer(model)
+    talk = Chat(loaded, tokenizer, template=template, system=system)
+    while True:
+        try:
+            said = out.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            out.print()
+            return
+        command, _, rest = said.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/reset", "/system"):
+            talk = Chat(loaded, tokenizer, template=template, system=rest if command == "/system" else system)
+        elif command.startswith("/"):
+            out.print(f"unknown command {escape(command)}; there are /system TEXT, /reset, /quit")
+        elif said:
+            _answer(talk, said, sampling)
+
+
+def _answer(talk: Chat, said: str, sampling: Sampling) -> None:
+    try:
+        for piece in talk.answer(said, sampling):
+            out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        out.print()
+    except KeyboardInterrupt:
+        out.print("  (stopped)")
+    except LlameroError as error:
+        _say_error(error)
+
+
+def _sampling(
+    temperature: float, top_p: float, top_k: int, repetition_penalty: float, max_new_tokens: int, seed: int
+) -> Sampling:
+    from llamero.infer.sampler import Sampling
+
+    return Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+
+
+# -- what people see
+
+
+class _Bars:
+    """Progress bars on standard error while a block runs; a plain line per loop where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+        )
+
+    def __enter__(self) -> None:
+        if err.is_terminal:
+            self._progress.start()
+            progress.install(self)
+
+    def __exit__(self, *_: object) -> None:
+        if err.is_terminal:
+            self._progress.stop()
+            progress.install(None)
+
+    def start(self, name: str, *, total: int | None, unit: str, done: int) -> int:
+        """Open a line."""
+        return self._progress.add_task(escape(name), total=total, completed=done, unit=unit, note="")
+
+    def advance(self, line: int, amount: int, note: str) -> None:
+        """Move a line on."""
+        self._progress.update(TaskID(line), advance=amount, note=note)
+
+    def stop(self, line: int) -> None:
+        """Remove a line."""
+        self._progress.remove_task(TaskID(line))
+
+
+def _say_row(row: Row) -> None:
+    if row.state == "made":
+        err.print(f"  made [bold]{escape(row.stage)}[/bold] in {row.seconds:.1f} s")
+
+
+def _say_outcome(outcome: Outcome) -> None:
+    table = Table("stage", "", "seconds", "where", title="What was done")
+    for row in outcome.rows:
+        table.add_row(row.stage, row.state, f"{row.seconds:.1f}" if row.state == "made" else "", str(row.path))
+    out.print(table)
+    if outcome.results:
+        _say_results(outcome.results)
+    if all(row.state == "kept" for row in outcome.rows):
+        out.print("nothing to do: everything is there already")
+    if outcome.release is not None:
+        out.print(f"release: [bold]{outcome.release}[/bold]")
+    if outcome.model is not None:
+        out.print(f"talk to it: llamero chat {outcome.model}")
+
+
+def _say_results(found: Sequence[Result]) -> None:
+    table = Table("task", "model", "measured", title="What was measured")
+    for result in found:
+        text = "  ".join(
+            f"{key} {_number(value)}" for key, value in result.metrics.items() if not key.endswith("_stderr")
+        )
+        about = result.inputs.get("text")
+        table.add_row(f"{result.task} ({about})" if about else result.task, result.model, text)
+    out.print(table)
+    for note in dict.fromkeys(note for result in found for note in result.notes):
+        out.print(f"note: {note}", highlight=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _say_error(error: LlameroError) -> None:
+    where = f"{error.where}: " if error.where else ""
+    err.print(f"[bold red]error[/bold red] {escape(where + error.problem)}", highlight=False, soft_wrap=True)
+    if error.fix:
+        err.print(f"  fix: {escape(error.fix)}", highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake is one message and exit code 2, `--debug` shows where it came from."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        app(given)
+    except LlameroError as error:
+        if debug:
+            raise
+        _say_error(error)
+        sys.exit(2)
+    except Interrupted as stopped:
+        err.print(f"stopped: {stopped}. Run the same command again to go on.", highlight=False)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        err.print("stopped. Finished stages are kept; run the same command again to go on.", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,188 @@
+"""evaluate: a model directory and a task in, results out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamero.core import progress
+from llamero.core.errors import LlameroError
+from llamero.core.results import Result
+from llamero.corpus import benchmarks, toy_world
+from llamero.evaluate import choices, h4
+from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, ToyWorldTask
+from llamero.infer import score
+from llamero.model.llama import Llama
+from llamero.model.load import load_model
+from llamero.text.messages import Message
+from llamero.text.render import render
+from llamero.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    template: str
+    root: Path
+    """Directory that a task's paths start from."""
+    reference: Path | None
+    """The unquantized model, where this is a variant of one."""
+
+    def result(
+        self, task: str, metrics: dict[str, float], protocol: str, *, notes: Sequence[str] = (), **inputs: Any
+    ) -> Result:
+        """Return a measurement of this model."""
+        common = {"dtype": "float32", "tokenizer": self.tokenizer.digest}
+        return Result(task, self.name, metrics, protocol, {**common, **inputs}, tuple(notes))
+
+
+def run(
+    task: EvaluateConfig,
+    *,
+    model: Path,
+    name: str,
+    template: str,
+    root: Path,
+    reference: Path | None = None,
+    device: str | torch.device = "cpu",
+) -> list[Result]:
+    """Measure one model by one task.
+
+    Args:
+        task: What to measure and how.
+        model: Directory of the model.
+        name: What the release calls it.
+        template: Chat template of its prompts.
+        root: Directory that the task's paths start from.
+        reference: The unquantized model, to measure agreement with.
+        device: Where to compute.
+    """
+    loaded = load_model(model, dtype=torch.float32, device=device)
+    subject = Subject(name, loaded, load_tokenizer(model), template, root, reference)
+    with torch.inference_mode():
+        return TASKS[type(task)](task, subject)
+
+
+def _toy_world(task: ToyWorldTask, subject: Subject) -> list[Result]:
+    questions = toy_world.questions(toy_world.world(task.seed), per_category=task.per_category)
+    requests = [_answer(subject, question.question, option) for question in questions for option in question.options]
+    scored = [s.log_likelihood for s in score.log_likelihoods(subject.model, requests)]
+    items = [choices.Item(q.options, q.answer, q.category) for q in questions]
+    per_question = [scored[i * 4 : i * 4 + 4] for i in range(len(questions))]
+    measured = choices.accuracy(items, per_question)
+    metrics = {"accuracy": measured.acc.value, **_error("accuracy", measured.acc.standard_error)}
+    metrics |= {f"accuracy/{category}": mean.value for category, mean in measured.by_category.items()}
+    protocol = f"{len(questions)} held-out questions, summed log-likelihood of 4 answers, template {subject.template}"
+    return [subject.result("toy_world", metrics, protocol, seed=task.seed)]
+
+
+def _answer(subject: Subject, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a question up to the answer, and those of the answer."""
+    asked = [Message("user", question)]
+    prompt = render(asked, subject.template, subject.tokenizer, add_generation_prompt=True).ids
+    whole = render([*asked, Message("assistant", answer)], subject.template, subject.tokenizer)
+    learned = [i for i, learned in enumerate(whole.learned) if learned]
+    return list(prompt), list(whole.ids[len(prompt) : learned[-1] + 1])
+
+
+def _error(metric: str, value: float | None) -> dict[str, float]:
+    return {} if value is None else {f"{metric}_stderr": value}
+
+
+def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
+    tokenizer = subject.tokenizer
+    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    other = None if subject.reference is None else load_model(subject.reference, dtype=torch.float32)
+    results: list[Result] = []
+    for name, path in task.texts.items():
+        ids = (head + tokenizer.encode(_read(subject.root / path)))[: task.tokens]
+        found = score.perplexity(subject.model, ids, window=task.window, stride=task.stride)
+        start = "after BOS" if head else "no BOS"
+        protocol = f"window {task.window}, stride {task.stride}, {start}"
+        metrics = {"perplexity": found.value, "tokens": found.tokens}
+        results.append(subject.result("perplexity", metrics, protocol, text=name))
+        if other is not None:
+            agreement = score.compare(other, subject.model, ids, window=task.window)
+            metrics = {"kl": agreement.kl, "top1": agreement.top1, "tokens": agreement.tokens}
+            protocol = f"KL(original ‖ this) in nats per token, windows of {task.window}, {start}"
+            results.append(subject.result("agreement", metrics, protocol, text=name))
+    return results
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise LlameroError("text to measure on is missing", where=path) from error
+    except UnicodeDecodeError as error:
+        raise LlameroError(f"not UTF-8: {error.reason}", where=path) from error
+
+
+def _h4(task: H4Task, subject: Subject) -> list[Result]:
+    directory = subject.root / task.data
+    asked = h4.tasks(directory, _names(task, directory), limit=task.limit, truthfulqa_edition=task.truthfulqa)
+    scored: list[h4.Scores] = []
+    truncated = 0
+    for one in progress.track(asked, f"evaluate {subject.name}", unit="tasks"):
+        requests = [encode(subject.tokenizer, request) for request in one.requests]
+        answers = score.log_likelihoods(
+            subject.model, requests, max_length=subject.model.config.max_position_embeddings
+        )
+        truncated += sum(answer.truncated > 0 for answer in answers)
+        scored.append(h4.scores(one, [answer.log_likelihood for answer in answers]))
+    summary = h4.summary(asked, scored)
+    notes = list(summary["departures"])
+    if truncated:
+        notes.append(f"{truncated} requests were longer than the context and lost their beginning")
+    return _h4_results(task, subject, summary, notes)
+
+
+def _h4_results(task: H4Task, subject: Subject, summary: h4.Summary, notes: Sequence[str]) -> list[Result]:
+    results: list[Result] = []
+    for name, part in summary["benchmarks"].items():
+        metrics = {part["metric"]: part["value"], **_error(part["metric"], part["standard_error"])}
+        metrics["questions"] = part["n"]
+        protocol = f"{part['shots']}-shot {part['metric']}, {summary['rules']}"
+        about = {"limit": task.limit, "pool": part["pool"], "edition": part["edition"], "subjects": part["subjects"]}
+        results.append(subject.result(name, metrics, protocol, **about))
+    if summary["average"] is not None:
+        metrics = {"average": summary["average"] / 100}
+        results.append(subject.result("h4", metrics, f"mean of the four, {summary['rules']}", limit=task.limit))
+    return [Result(r.task, r.model, r.metrics, r.protocol, r.inputs, tuple(notes)) for r in results]
+
+
+def _names(task: H4Task, directory: Path) -> list[str]:
+    """Return the tasks to ask for; a limit on MMLU subjects takes the first by name."""
+    if task.subjects is None or task.tasks not in ("h4", "mmlu"):
+        return [task.tasks]
+    subjects = [h4.MMLU_PREFIX + subject for subject in benchmarks.mmlu_subjects(directory)[: task.subjects]]
+    return subjects if task.tasks == "mmlu" else ["arc_challenge", "hellaswag", *subjects, "truthfulqa_mc"]
+
+
+def encode(tokenizer: Tokenizer, request: h4.Request) -> tuple[list[int], list[int]]:
+    """Return context and continuation ids as the old harness cuts them: no special tokens, spaces go to the right.
+
+    An empty context is the end-of-text token.
+    """
+    context, continuation = request.context, request.continuation
+    bare = context.rstrip()
+    continuation = context[len(bare) :] + continuation
+    whole = tokenizer.encode(bare + continuation)
+    if not bare:
+        return ([tokenizer.eos_id] if tokenizer.eos_id is not None else []), whole
+    length = len(tokenizer.encode(bare))
+    return whole[:length], whole[length:]
+
+
+TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
+    ToyWorldTask: _toy_world,
+    PerplexityTask: _perplexity,
+    H4Task: _h4,
+}
+"""Every task there is. To add one: a class in config, a function here, a test."""

@@ -1,0 +1,56 @@
+"""A conversation with a model: what people say is rendered, what it answers is streamed and remembered."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llamero.infer.generate import Request, events
+from llamero.infer.sampler import Sampling
+from llamero.model.llama import Llama
+from llamero.text.messages import Message
+from llamero.text.render import generation_config, render, resolve
+from llamero.text.tokenizer import Tokenizer
+
+
+class Chat:
+    """A conversation.
+
+    Args:
+        model: Who answers.
+        tokenizer: Of the model.
+        template: Name of the chat template; `auto` is the model's own.
+        system: System message; empty for none.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, *, template: str, system: str = "") -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._template = resolve(template, tokenizer)
+        stop = generation_config(self._template, tokenizer)["eos_token_id"]
+        self._stop = frozenset(stop if isinstance(stop, list) else [stop])
+        self.messages: list[Message] = [Message("system", system)] if system else []
+
+    def answer(self, said: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the answer piece by piece; one that is broken off is not remembered, nor what it answers."""
+        asked = [*self.messages, Message("user", said)]
+        prompt = render(asked, self._template, self._tokenizer, add_generation_prompt=True).ids
+        pieces: list[str] = []
+        for piece in self._stream(prompt, sampling):
+            pieces.append(piece)
+            yield piece
+        self.messages = [*asked, Message("assistant", "".join(pieces).strip() or " ")]
+
+    def _stream(self, prompt: tuple[int, ...], sampling: Sampling) -> Iterator[str]:
+        return stream(self._model, self._tokenizer, prompt, replace(sampling, stop_ids=self._stop))
+
+
+def stream(model: Llama, tokenizer: Tokenizer, prompt: tuple[int, ...], sampling: Sampling) -> Iterator[str]:
+    """Yield the text of an answer as it becomes certain."""
+    for event in events(model, [Request(prompt, sampling)], tokenizer):
+        if event.text:
+            yield event.text
+
+
+def continue_text(model: Llama, tokenizer: Tokenizer, text: str, sampling: Sampling) -> Iterator[str]:
+    """Yield how a model goes on from plain text, with no template; the end-of-text token ends it."""
+    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+    return stream(model, tokenizer, (*head, *tokenizer.encode(text)), replace(sampling, stop_ids=stop))

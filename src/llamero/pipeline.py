@@ -1,0 +1,424 @@
+"""From a recipe to its release: which stages there are, what each depends on, and making those that are missing.
+
+What a stage is named by (its `Identity`) follows from the recipe and from the files it reads, so the whole way is
+known before anything runs: `llamero check` prints it, `llamero run` makes what is not there yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llamero.core import artifact, results
+from llamero.core.artifact import Artifact, Build, Identity
+from llamero.core.download import resolve_model
+from llamero.core.files import ContentDigests
+from llamero.data.config import FileSource, MixtureConfig, VocabularyConfig
+from llamero.engine.stage import StageConfig
+from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask
+from llamero.quantize.config import QuantizeConfig
+from llamero.recipe.schema import Recipe, ScratchConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Builds = Mapping[str, Build]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Artifacts that are made together, mostly one."""
+
+    name: str
+    identities: Mapping[str, Identity]
+    """What it makes, by name."""
+    make: Callable[[Builds], None]
+    """Makes those that are missing."""
+
+    @property
+    def identity(self) -> Identity:
+        """Return the identity of a stage that makes one artifact."""
+        (one,) = self.identities.values()
+        return one
+
+
+@dataclass
+class Row:
+    """What a run did about a stage."""
+
+    stage: str
+    state: Literal["made", "kept"]
+    seconds: float
+    path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    rows: Sequence[Row]
+    release: Path | None
+    """Where the release is, if the recipe publishes."""
+    model: Path | None
+    """The last trained model."""
+    results: Sequence[results.Result]
+
+
+@dataclass
+class Plan:
+    """The stages of a recipe, in an order in which they can be made.
+
+    Args:
+        recipe: What to make.
+        root: Directory that the recipe's relative paths start from.
+        out: Run directory.
+    """
+
+    recipe: Recipe
+    root: Path
+    out: Path
+    stages: list[Stage] = field(default_factory=list)
+    models: dict[str, Identity | Path] = field(default_factory=dict)
+    """Every model that can be measured: an artifact, or a directory that the user has."""
+
+    def __post_init__(self) -> None:
+        self._digest = ContentDigests(_memory(self.out))
+        self._base = self._resolve_base()
+        self.tokenizer = self._plan_tokenizer()
+        self.data = {name: self._plan_data(name, self.recipe.data.mixtures[name]) for name in self._mixtures_used()}
+        self._plan_training()
+        self._plan_variants()
+        self.measurements = self._plan_evaluation()
+        self.release = self._plan_release()
+
+    def path(self, model: str) -> Path:
+        """Return the directory of a model."""
+        found = self.models[model]
+        return found if isinstance(found, Path) else found.path(self.out)
+
+    # -- base and vocabulary
+
+    def _resolve_base(self) -> Path | None:
+        if isinstance(self.recipe.base, ScratchConfig):
+            return None
+        local = self.root / self.recipe.base
+        return local if local.is_dir() else resolve_model(self.recipe.base)
+
+    def _base_parent(self) -> dict[str, str]:
+        return {} if self._base is None else {"base": self._digest(self._base)}
+
+    def _plan_tokenizer(self) -> Identity:
+        recipe, base = self.recipe, self._base
+        config: dict[str, Any] = {"extra_tokens": recipe.data.extra_tokens, "template": recipe.template}
+        parents = self._base_parent()
+        start: Path | VocabularyConfig
+        if isinstance(recipe.base, ScratchConfig):
+            start = recipe.base.vocabulary
+            config["vocabulary"] = start.model_dump(mode="json")
+            config["text"] = recipe.data.mixtures[start.mixture].model_dump(mode="json")
+            parents |= self._files(recipe.data.mixtures[start.mixture])
+        else:
+            assert base is not None
+            start = base
+        identity = Identity("tokenizer", "tokenizer", config, parents)
+
+        def make(builds: Builds) -> None:
+            from llamero.data.run import prepare_tokenizer
+
+            build = builds["tokenizer"]
+            build.summary = prepare_tokenizer(
+                recipe.data, start, template=recipe.template, root=self.root, out=build.path
+            )
+
+        return self._add("tokenizer", identity, make)
+
+    # -- data
+
+    def _mixtures_used(self) -> list[str]:
+        used = [stage.mixture for stage in self.recipe.train]
+        if self.recipe.quantize and self.recipe.quantize.calibration.mixture:
+            used.append(self.recipe.quantize.calibration.mixture)
+        return list(dict.fromkeys(used))
+
+    def _files(self, mixture: MixtureConfig) -> dict[str, str]:
+        """Return the digest of every file that a mixture reads; a hub data set is named, not digested."""
+        local = [s for s in mixture.sources if isinstance(s, FileSource) and s.path is not None]
+        return {f"file {source.source}": self._digest(self.root / str(source.path)) for source in local}
+
+    def _plan_data(self, name: str, mixture: MixtureConfig) -> Identity:
+        recipe = self.recipe
+        exclude = {"sources": {"__all__": {"path"}}}  # the content decides, not where it lies
+        config = {"mixture": mixture.model_dump(mode="json", exclude=exclude), "template": recipe.template}
+        config |= {"seed": recipe.seed}
+        parents = {"tokenizer": self.tokenizer.digest, **self._files(mixture)}
+        identity = Identity("data", f"data-{name}", config, parents)
+
+        def make(builds: Builds) -> None:
+            from llamero.data.run import tokenize_mixture
+
+            build = builds[identity.stage]
+            build.summary = tokenize_mixture(
+                name,
+                mixture,
+                tokenizer=self.tokenizer.path(self.out),
+                template=recipe.template,
+                root=self.root,
+                seed=recipe.seed,
+                out=build.path,
+            )
+
+        return self._add(identity.stage, identity, make)
+
+    # -- training
+
+    def _plan_training(self) -> None:
+        if self._base is not None:
+            self.models["base"] = self._base
+        previous: Identity | None = None
+        trained: dict[str, Identity] = {}
+        for stage in self.recipe.train:
+            start = trained[stage.init_from] if stage.init_from else previous
+            previous = trained[stage.name] = self._plan_stage(stage, start)
+            self.models[stage.name] = previous
+            self.models.setdefault("base", previous)  # a release from scratch is measured against its first stage
+        if previous is not None:
+            self.models["final"] = previous
+        elif self._base is not None:
+            self.models["final"] = self._base
+
+    def _plan_stage(self, stage: StageConfig, start: Identity | None) -> Identity:
+        recipe = self.recipe
+        config: dict[str, Any] = {"stage": stage.decides(), "seed": recipe.seed}
+        parents = {"data": self.data[stage.mixture].digest, "tokenizer": self.tokenizer.digest}
+        if start is not None:
+            parents["start"] = start.digest
+        elif isinstance(recipe.base, ScratchConfig):
+            config["shape"] = recipe.base.shape.model_dump(mode="json")
+        else:
+            parents |= self._base_parent()
+        identity = Identity("model", f"train-{stage.name}", config, parents)
+
+        def make(builds: Builds) -> None:
+            from llamero.train.run import run
+
+            if start is not None:
+                beginning = start.path(self.out)
+            else:
+                beginning = recipe.base.shape if isinstance(recipe.base, ScratchConfig) else self.path("base")
+            build = builds[identity.stage]
+            build.summary = run(
+                stage,
+                start=beginning,
+                data=self.data[stage.mixture].path(self.out),
+                tokenizer=self.tokenizer.path(self.out),
+                parallel=recipe.parallel,
+                seed=recipe.seed,
+                out=build.path,
+            )
+
+        return self._add(identity.stage, identity, make)
+
+    # -- quantization
+
+    def _plan_variants(self) -> None:
+        config = self.recipe.quantize
+        if config is None:
+            return
+        identities = {name: self._variant(config, name) for name in config.variants}
+        self.models |= identities
+
+        def make(builds: Builds) -> None:
+            from llamero.quantize.run import run
+
+            reports = run(
+                config.model_copy(update={"variants": tuple(builds)}),
+                model=self.path("final"),
+                out=lambda variant: builds[variant.name].path,
+                tokens=self._calibration(config),
+            )
+            for report in reports:
+                builds[report.variant.name].summary = report.to_json() | {"calibration": self._calibration_said(config)}
+
+        self.stages.append(Stage("quantize", identities, make))
+
+    def _variant(self, config: QuantizeConfig, name: str) -> Identity:
+        said = config.model_dump(mode="json", exclude={"variants": True, "calibration": {"text"}})
+        parents = {"model": self._model_digest("final"), **self._calibration_parent(config)}
+        return Identity("variant", name, {**said, "variant": name, "seed": self.recipe.seed}, parents)
+
+    def _calibration_parent(self, config: QuantizeConfig) -> dict[str, str]:
+        if config.calibration.mixture is not None:
+            return {"calibration": self.data[config.calibration.mixture].digest}
+        return {"calibration": self._digest(self.root / str(config.calibration.text))}
+
+    def _calibration(self, config: QuantizeConfig) -> list[Tensor]:
+        """Return the sequences to calibrate on."""
+        from llamero.quantize import sequences
+        from llamero.text.tokenizer import load_tokenizer
+
+        where = config.calibration
+        if where.mixture is not None:
+            return sequences.from_mixture(self.data[where.mixture].path(self.out), where)
+        return sequences.from_text(self.root / str(where.text), load_tokenizer(self.path("final")), where)
+
+    def _calibration_said(self, config: QuantizeConfig) -> dict[str, Any]:
+        where = config.calibration
+        return {
+            "source": where.mixture or Path(str(where.text)).name,
+            "sequence": where.sequence,
+            "tokens": where.tokens,
+        }
+
+    # -- evaluation
+
+    def _plan_evaluation(self) -> list[Identity]:
+        return [
+            self._plan_measurement(task, name, number)
+            for number, task in enumerate(self.recipe.evaluate)
+            for name in self._measured(task)
+        ]
+
+    def _measured(self, task: EvaluateConfig) -> list[str]:
+        variants = list(self.recipe.quantize.variants) if self.recipe.quantize else []
+        names: list[str] = []
+        for model in task.models:
+            names += variants if model == "variants" else [self._own_name(model)]
+        return list(dict.fromkeys(names))
+
+    def _own_name(self, model: str) -> str:
+        """Return the stage that `base` or `final` stands for; a base that the user brought stays `base`."""
+        same = [stage.name for stage in self.recipe.train if self.models[stage.name] is self.models[model]]
+        return same[0] if same else "base"
+
+    def _plan_measurement(self, task: EvaluateConfig, name: str, number: int) -> Identity:
+        said = task.model_dump(mode="json", exclude={"models", "data"})
+        config = {"task": said, "model": name, "template": self.recipe.template}
+        parents = {"model": self._model_digest(name)}
+        if isinstance(task, H4Task):
+            parents["data"] = self._digest(self.root / task.data)
+        if isinstance(task, PerplexityTask):
+            parents |= {f"text {key}": self._digest(self.root / path) for key, path in task.texts.items()}
+        variant = self.recipe.quantize is not None and name in self.recipe.quantize.variants
+        if variant:
+            parents["reference"] = self._model_digest("final")
+        identity = Identity("evaluation", f"evaluate-{number + 1}-{task.tasks}-{name}", config, parents)
+
+        def make(builds: Builds) -> None:
+            from llamero.evaluate.run import run
+
+            build = builds[identity.stage]
+            found = run(
+                task,
+                model=self.path(name),
+                name=name,
+                template=self.recipe.template,
+                root=self.root,
+                reference=self.path("final") if variant else None,
+            )
+            results.write(build.path, found)
+            build.summary = {"results": len(found)}
+
+        return self._add(identity.stage, identity, make)
+
+    # -- release
+
+    def _plan_release(self) -> Identity | None:
+        recipe = self.recipe
+        publish = recipe.publish
+        if publish is None:
+            return None
+        config = {"publish": publish.model_dump(mode="json"), "name": recipe.name}
+        parents = {stage.name: i.digest for stage in self.stages for i in stage.identities.values()}
+        parents |= {name: self._model_digest(name) for name in self.models}
+        identity = Identity("release", "release", config, parents)
+
+        def make(builds: Builds) -> None:
+            from llamero.publish.run import ReleaseInputs, run
+
+            build = builds["release"]
+            inputs = ReleaseInputs(
+                name=recipe.name,
+                recipe=recipe.model_dump(mode="json", exclude_defaults=True, exclude={"parallel"}),
+                base=recipe.base if isinstance(recipe.base, str) else "trained from scratch",
+                template=recipe.template,
+                model=self._artifact("final"),
+                stages=[self._artifact(stage.name) for stage in recipe.train],
+                data=[artifact.read(identity.path(self.out)) for identity in self.data.values()],
+                variants=[self._artifact(name) for name in (recipe.quantize.variants if recipe.quantize else ())],
+                results=self.all_results(),
+            )
+            build.summary = run(publish, inputs, build.path)
+
+        return self._add("release", identity, make)
+
+    def _artifact(self, name: str) -> Artifact:
+        found = self.models[name]
+        if isinstance(found, Identity):
+            return artifact.read(found.path(self.out))
+        return Artifact(found, "model", name, self._digest(found), {}, {}, {})
+
+    def all_results(self) -> list[results.Result]:
+        """Return every measurement, in the recipe's order."""
+        return [result for identity in self.measurements for result in results.read(identity.path(self.out))]
+
+    # -- shared
+
+    def _model_digest(self, name: str) -> str:
+        found = self.models[name]
+        return self._digest(found) if isinstance(found, Path) else found.digest
+
+    def _add(self, name: str, identity: Identity, make: Callable[[Builds], None]) -> Identity:
+        self.stages.append(Stage(name, {name: identity}, make))
+        return identity
+
+
+def _memory(out: Path) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    return out / ".digests.json"
+
+
+def run(recipe: Recipe, *, root: Path, out: Path, on_row: Callable[[Row], None] = lambda row: None) -> Outcome:
+    """Make everything that a recipe asks for and that is not there yet.
+
+    Args:
+        recipe: What to make.
+        root: Directory that its relative paths start from.
+        out: Run directory; artifacts stand in it under their digests.
+        on_row: Told of every artifact as it is done.
+    """
+    with artifact.alone_in(out):
+        plan = Plan(recipe, root, out)
+        rows: list[Row] = []
+        for stage in plan.stages:
+            for row in _make(stage, out):
+                rows.append(row)
+                on_row(row)
+        release = None if plan.release is None else _point(out / "release", plan.release.path(out))
+        model = plan.path("final") if "final" in plan.models else None
+        return Outcome(rows, release, model, plan.all_results())
+
+
+def _make(stage: Stage, out: Path) -> list[Row]:
+    missing = {name: i for name, i in stage.identities.items() if artifact.find(out, i) is None}
+    began = time.monotonic()
+    if missing:
+        with ExitStack() as stack:
+            stage.make({name: stack.enter_context(artifact.build(out, i)) for name, i in missing.items()})
+    seconds = (time.monotonic() - began) / max(1, len(missing))
+    return [
+        Row(name, "made" if name in missing else "kept", seconds if name in missing else 0.0, identity.path(out))
+        for name, identity in stage.identities.items()
+    ]
+
+
+def _point(link: Path, target: Path) -> Path:
+    """Let `release` in the run directory lead to the newest one."""
+    beside = link.with_name(f".{link.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target.name)
+    beside.replace(link)
+    return link

@@ -1,0 +1,135 @@
+"""A recipe from its file: overrides applied, checked, and every error at its line."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llamero.core.errors import LlameroError, did_you_mean
+from llamero.recipe.lines import Source
+from llamero.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a file.
+
+    Args:
+        path: YAML file.
+        overrides: `key.key=value`; a list item goes by its number or its name (`train.sft.lr=1e-5`).
+    """
+    source = Source(path)
+    for override in overrides:
+        _apply(source.value, override)
+    try:
+        return Recipe.model_validate(source.value)
+    except ValidationError as error:
+        raise _explain(error, source) from error
+
+
+def _apply(value: Any, override: str) -> None:
+    place, equals, text = override.partition("=")
+    if not equals or not place:
+        raise LlameroError(f"`--set {override}` is not key=value", fix="write for example --set train.sft.lr=1e-5")
+    *path, last = place.split(".")
+    for key in path:
+        value = _step(value, key, override)
+    if isinstance(value, list):
+        value[_index(value, last, override)] = yaml.safe_load(text)
+    elif isinstance(value, dict):
+        value[last] = yaml.safe_load(text)
+    else:
+        raise LlameroError(f"`--set {override}`: there is nothing below `{'.'.join(path)}`")
+
+
+def _step(value: Any, key: str, override: str) -> Any:
+    if isinstance(value, list):
+        return value[_index(value, key, override)]
+    if not isinstance(value, dict):
+        raise LlameroError(f"`--set {override}`: there is nothing at `{key}`")
+    return value.setdefault(key, {})
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    """Return the place of a list item that is given by number or name."""
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    names = [
+        str(item.get("name", item.get("source", item.get("tasks")))) if isinstance(item, dict) else item
+        for item in items
+    ]
+    if key in names:
+        return names.index(key)
+    raise LlameroError(f"`--set {override}`: no item `{key}`", fix=did_you_mean(key, names))
+
+
+def _explain(error: ValidationError, source: Source) -> LlameroError:
+    """Return the first problem with its line, key, value and way out, and how many there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    place = first["loc"]
+    key = ".".join(_keys(place, source.value)) or "recipe"
+    text = first["msg"].removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:]
+    got = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
+    fix = None
+    if first["type"] == "extra_forbidden":
+        fix = _nearest_key(place)
+    elif first["type"] == "missing" and place:
+        fix = f"add `{place[-1]}`"
+    more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
+    return LlameroError(f"{key}: {text}{got}{more}", where=f"{source.path}:{source.line(place)}", fix=fix)
+
+
+def _keys(place: tuple[str | int, ...], value: Any) -> list[str]:
+    """Return the parts of a location that are the file's own keys; the schema adds the names of kinds."""
+    keys: list[str] = []
+    for number, part in enumerate(place):
+        if isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        elif number != len(place) - 1:  # the last is the key in question, whether it is there or not
+            continue
+        keys.append(str(part))
+    return keys
+
+
+def _nearest_key(place: tuple[str | int, ...]) -> str:
+    *around, last = place
+    models = list(_models_at(Recipe, tuple(around)))
+    fitting = [model for model in models if around and _tag_fits(model, around[-1])]
+    known = {name for model in fitting or models for name in model.model_fields}
+    return did_you_mean(str(last), known) if known else "remove it"
+
+
+def _tag_fits(model: type[BaseModel], tag: str | int) -> bool:
+    return any(tag in typing.get_args(field.annotation) for field in model.model_fields.values())
+
+
+def _models_at(annotation: Any, place: tuple[str | int, ...]) -> Iterator[type[BaseModel]]:
+    """Yield the models that may stand at a location of the recipe."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not place:
+            yield annotation
+            return
+        field = annotation.model_fields.get(str(place[0]))
+        if field is not None:
+            yield from _models_at(field.annotation, place[1:])
+        else:
+            yield from _models_at(annotation, place[1:])  # the name of a kind
+        return
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        for argument in arguments:
+            yield from _models_at(argument, place)
+    elif arguments and place:
+        for argument in arguments[-1:]:
+            yield from _models_at(argument, place[1:])
