@@ -4,11 +4,13 @@ Tensors stream: reading holds one of them at a time beside the model, writing ho
 """
 
 import json
+import pickle
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -173,13 +175,117 @@ def _safetensors(directory: Path, files: dict[str, Path] | None, shards: list[Pa
 
 
 def _bins(directory: Path, files: dict[str, Path] | None, bins: list[Path] | None = None) -> Tensors:
-    loaded: dict[Path, dict[str, Tensor]] = {}
-    for path in bins or sorted(set((files or {}).values())):
-        # weights_only: nothing in a pickle is ever run; mmap: a tensor is read when it is used
-        loaded[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    loaded = {path: _load_bin(path) for path in bins or sorted(set((files or {}).values()))}
     found = files or {name: path for path, tensors in loaded.items() for name in tensors}
+    for name, path in found.items():
+        if name not in loaded[path]:
+            raise LlameroError(f"tensor `{name}` is not in the file that the index names", where=path)
     specs = {name: Spec(tuple(loaded[path][name].shape), loaded[path][name].dtype) for name, path in found.items()}
     return Tensors(directory, found, specs, lambda path, name: loaded[path][name])
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a pickle; `weights_only`: no code in it is ever run, `mmap`: tensors wait on disk."""
+    try:
+        with zipfile.ZipFile(path):  # a broken archive is found here, before torch guesses at an older format
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except zipfile.BadZipFile as error:
+        raise LlameroError(
+            "not a whole PyTorch file (or one written before PyTorch 1.6)",
+            where=path,
+            fix="download it again; an older file must be converted to safetensors",
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise LlameroError(
+            f"the file wants to do more than hold tensors, so it was not read: {str(error).splitlines()[0]}",
+            where=path,
+            fix="do not trust it; use a safetensors edition of the model",
+        ) from error
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if len(tensors) != len(loaded):
+        raise LlameroError("the file holds more than named tensors", where=path)
+    return tensors
+
+
+class ShardWriter:
+    """Safetensors shards (and their index) in the making; tensors come one by one, in the announced order.
+
+    Args:
+        directory: Where to.
+        specs: Name, shape and dtype of every tensor, in the order in which `add` brings them.
+        stem: First part of the file names.
+        shard_bytes: Largest shard; a tensor that is larger has a shard to itself.
+    """
+
+    def __init__(
+        self, directory: Path, specs: Mapping[str, Spec], *, stem: str = "model", shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self._specs = dict(specs)
+        self._shards = _plan(specs, shard_bytes)
+        count = len(self._shards)
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        self.paths = [directory / name for name in (names if count > 1 else [f"{stem}.safetensors"])]
+        self._index = directory / f"{stem}.safetensors.index.json" if count > 1 else None
+        self._order = [(shard, name) for shard, names in enumerate(self._shards) for name in names]
+        self._done = 0
+        self._shard = 0
+        self._file = self._open(0)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        if self._done == len(self._order):
+            raise ValueError(f"tensor {name} was not announced")
+        shard, expected = self._order[self._done]
+        spec = self._specs[expected]
+        if name != expected or Spec(tuple(tensor.shape), tensor.dtype) != spec:
+            raise ValueError(f"announced {expected} {spec}, came {name} {tuple(tensor.shape)} {tensor.dtype}")
+        if shard != self._shard:
+            self._file.close()
+            self._shard, self._file = shard, self._open(shard)
+        data = tensor.detach().cpu().contiguous()
+        if data.numel():
+            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+        self._done += 1
+
+    def close(self) -> None:
+        """Finish the last shard and write the index."""
+        self._file.close()
+        if self._done < len(self._order):
+            raise ValueError(f"tensor {self._order[self._done][1]} was announced and never came")
+        if self._index is not None:
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in self._specs.values())},
+                "weight_map": {name: self.paths[shard].name for shard, name in self._order},
+            }
+            self._index.write_text(json.dumps(index, indent=2) + "\n")
+
+    def abandon(self) -> None:
+        """Close what is open and leave it unfinished."""
+        self._file.close()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _open(self, shard: int) -> BinaryIO:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in self._shards[shard]:
+            spec = self._specs[name]
+            offsets = [offset, offset + spec.nbytes]
+            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            offset += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = self.paths[shard].open("wb")
+        self.paths[shard].chmod(0o644)  # whatever the umask: a release is for everybody to read
+        file.write(struct.pack("<Q", len(text)) + text)
+        return file
 
 
 def write_tensors(
@@ -190,34 +296,19 @@ def write_tensors(
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write safetensors shards (and their index) and return their paths.
+    """Write safetensors shards (and their index) and return their paths; one tensor is held at a time.
 
     Args:
         directory: Where to.
         specs: Name, shape and dtype of every tensor, in the order in which `tensors` brings them.
-        tensors: The tensors; one is held at a time.
+        tensors: The tensors.
         stem: First part of the file names.
         shard_bytes: Largest shard; a tensor that is larger has a shard to itself.
     """
-    shards = _plan(specs, shard_bytes)
-    single = len(shards) == 1
-    paths = [
-        directory / (f"{stem}.safetensors" if single else f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors")
-        for i in range(len(shards))
-    ]
-    source = iter(tensors)
-    for path, names in zip(paths, shards, strict=True):
-        _write_shard(path, {name: specs[name] for name in names}, source)
-    extra = next(source, None)
-    if extra is not None:
-        raise ValueError(f"tensor {extra[0]} was not announced")
-    if not single:
-        index = {
-            "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
-            "weight_map": {name: path.name for path, names in zip(paths, shards, strict=True) for name in names},
-        }
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return paths
+    with ShardWriter(directory, specs, stem=stem, shard_bytes=shard_bytes) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+    return writer.paths
 
 
 def _plan(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
@@ -230,23 +321,3 @@ def _plan(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         used += spec.nbytes
     return shards
-
-
-def _write_shard(path: Path, specs: Mapping[str, Spec], source: Iterator[tuple[str, Tensor]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, spec in specs.items():
-        offsets = [offset, offset + spec.nbytes]
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for expected, spec in specs.items():
-            name, tensor = next(source)
-            if name != expected or Spec(tuple(tensor.shape), tensor.dtype) != spec:
-                raise ValueError(f"announced {expected} {spec}, came {name} {tuple(tensor.shape)} {tensor.dtype}")
-            data = tensor.detach().cpu().contiguous()
-            if data.numel():
-                file.write(data.view(-1).view(torch.uint8).numpy().data)

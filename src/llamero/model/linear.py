@@ -1,6 +1,11 @@
-"""Linear layers."""
+"""Linear layers: plain, and with weights that rest as low-bit codes."""
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llamero.checkpoint import gptq
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
@@ -8,3 +13,50 @@ def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that rests as GPTQ codes and is dequantized whenever it is used.
+
+    Buffers have the names and shapes of GPTQ files. Scales stay in the dtype of the file: another one would
+    change the weights.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        layout: How the codes are stored.
+        bias: Whether there is one.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int, *, layout: gptq.Format, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.layout = inputs, outputs, layout
+        for name, spec in gptq.specs(inputs, outputs, bits=layout.bits, groups=layout.groups(inputs)).items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+
+    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight, computed in float32 (float64 if that is asked for) and rounded once."""
+        work = torch.promote_types(dtype, torch.float32)
+        group = self.g_idx.long()
+        zeros = gptq.decode_zeros(self.qzeros, self.layout.bits, offset=self.layout.zero_offset)
+        steps = gptq.unpack(self.qweight, self.layout.bits).to(work) - zeros.to(work)[group]  # (d, out)
+        return (steps * self.scales.to(work)[group]).to(dtype).T
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """Return the plain layer that this one stands for."""
+        layer = linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(self.dequantize(dtype).contiguous())
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return layer
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
+        """Apply the layer in the dtype of its input."""
+        return F.linear(x, self.dequantize(x.dtype), self.bias)

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llamero.checkpoint import hf
+from llamero.checkpoint import gptq, hf
 from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig, from_hf
-from llamero.model.llama import Llama
+from llamero.model.linear import PackedLinear
+from llamero.model.llama import Block, Llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,35 +25,99 @@ def load_config(directory: Path) -> LlamaConfig:
 def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
     """Return the model of a directory, in evaluation mode, tensor by tensor (peak = model + one tensor).
 
+    The linear layers of a GPTQ directory stay packed and compute in the dtype of what comes in.
+
     Args:
-        directory: A Hugging Face model directory.
-        dtype: Dtype of the weights; `None` keeps that of the files.
+        directory: A Hugging Face model directory, quantized (GPTQ) or not.
+        dtype: Dtype of the weights and, where those are packed, of the computation; `None` keeps that of the files.
         device: Where to put it.
     """
-    config = load_config(directory)
+    model = empty_model(load_config(directory))
+    layout = gptq.read_format(directory)
     tensors = hf.open_tensors(directory)
-    with torch.device("meta"):
-        model = Llama(config)
+    if layout is not None:
+        _make_room_for_codes(model, tensors, layout)
     fill(model, tensors, dtype=dtype, device=device)
+    _check_groups(model, tensors)
     return model.eval()
+
+
+def empty_model(config: LlamaConfig) -> Llama:
+    """Return a model without storage, on the meta device."""
+    with torch.device("meta"):
+        return Llama(config)
+
+
+def load_block(
+    config: LlamaConfig, tensors: hf.Tensors, number: int, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Block:
+    """Return one decoder layer, in evaluation mode, so that a model can be walked through layer by layer."""
+    with torch.device("meta"):
+        block = Block(config)
+    for name, _ in list(block.named_parameters()):
+        _put(block, name, tensors, f"model.layers.{number}.{name}", dtype=dtype, device=device)
+    return block.eval()
+
+
+def _make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: gptq.Format) -> None:
+    """Replace the layers that the files hold packed."""
+    plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    packed = [name for name in plain if f"{name}.qweight" in tensors]
+    if not packed:
+        raise LlameroError("the config says GPTQ, and no tensor is packed (`….qweight`)", where=tensors.directory)
+    with torch.device("meta"):
+        for name in packed:
+            # some writers give every packed layer a bias (of zeros), whatever the config says
+            bias = f"{name}.bias" in tensors
+            inputs, outputs = plain[name].in_features, plain[name].out_features
+            model.set_submodule(name, PackedLinear(inputs, outputs, layout=layout, bias=bias))
+
+
+def _check_groups(model: Llama, tensors: hf.Tensors) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            groups, low, high = len(module.scales), int(module.g_idx.min()), int(module.g_idx.max())
+            if low < 0 or high >= groups:
+                raise LlameroError(
+                    f"`{name}.g_idx` names groups {low} to {high}, there are {groups}",
+                    where=tensors.files[f"{name}.g_idx"],
+                )
 
 
 def fill(model: Llama, tensors: hf.Tensors, *, dtype: torch.dtype | None, device: str | torch.device) -> None:
     """Give every parameter of a meta-device model its tensor; nothing may be missing or left over."""
     stored = stored_names(model, tensors)
     for name, source in progress.track(sorted(stored.items()), "load", unit="tensors"):
-        tensor = tensors[source]
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        expected = module.get_parameter(leaf).shape
-        if tensor.shape != expected:
-            raise LlameroError(
-                f"tensor `{name}` is {tuple(tensor.shape)}, the config says {tuple(expected)}",
-                where=tensors.files[source],
-            )
+        _put(model, name, tensors, source, dtype=dtype, device=device)
+    model.tie()
+
+
+def _put(
+    model: nn.Module,
+    name: str,
+    tensors: hf.Tensors,
+    source: str,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> None:
+    """Give one parameter, or one buffer of codes, its tensor."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    packed = isinstance(module, PackedLinear) and leaf in gptq.TENSORS
+    slot = module.get_buffer(leaf) if packed else module.get_parameter(leaf)
+    tensor = tensors[source]
+    if tensor.shape != slot.shape or (packed and tensor.is_floating_point() != slot.is_floating_point()):
+        raise LlameroError(
+            f"tensor `{source}` is {tuple(tensor.shape)} {tensor.dtype}, the config says {tuple(slot.shape)}"
+            + (f" {slot.dtype}" if packed else ""),
+            where=tensors.files[source],
+        )
+    if packed:
+        module.register_buffer(leaf, tensor.to(device=device, copy=True))
+    else:
         value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         module.register_parameter(leaf, nn.Parameter(value))
-    model.tie()
 
 
 def stored_names(model: Llama, tensors: hf.Tensors) -> dict[str, str]:
@@ -61,7 +126,7 @@ def stored_names(model: Llama, tensors: hf.Tensors) -> dict[str, str]:
     A tied weight may be stored as the embedding, as the head, or as both if they are equal. The
     frequencies that Llama-1 files carry are computed, so they are passed over.
     """
-    stored = {name: name for name, _ in model.named_parameters()}
+    stored = {name: name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     left = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - set(stored)
     if model.config.tie_word_embeddings and HEAD in left:
         if EMBEDDING not in tensors:
@@ -83,7 +148,9 @@ def stored_names(model: Llama, tensors: hf.Tensors) -> dict[str, str]:
 
 
 def save_model(model: Llama, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and the weights of a model."""
+    """Write config.json and the weights of a model that is not packed."""
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("a packed model cannot be written as a plain one")
     named: dict[str, Tensor] = dict(model.named_parameters())
     specs = {name: hf.Spec(tuple(p.shape), dtype) for name, p in named.items()}
     hf.write_tensors(directory, specs, ((name, p.detach().to(dtype)) for name, p in named.items()))

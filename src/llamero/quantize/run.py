@@ -1,0 +1,277 @@
+"""Quantized variants of a model, all of them from one walk through it."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llamero.checkpoint import gptq as format
+from llamero.checkpoint import hf
+from llamero.checkpoint.gptq import GroupCodes
+from llamero.core.errors import LlameroError
+from llamero.model.llama import Block, Llama
+from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
+from llamero.quantize import calibrate, gptq, rtn
+from llamero.quantize.calibrate import INPUTS, Layer, Statistics
+from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.variants import Variant
+from llamero.quantize.write import VariantWriter, check_shapes, quantized_layers
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """How well one linear layer was quantized."""
+
+    name: str
+    error_per_weight: float
+    """Mean over tokens of the squared error of the outputs, divided by the number of weights."""
+    relative_error: float
+    """The same error as a share of the squared outputs."""
+    damp: float | None
+    """Damping that was needed; more than was asked for where that was too little, `None` without GPTQ."""
+    dead_channels: int
+    """Input channels that were zero on all calibration text; GPTQ sets their weights to zero."""
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    """What became of one variant."""
+
+    variant: Variant
+    path: Path
+    damp: float | None
+    """Damping asked for."""
+    size_bytes: int
+    """Of the files of weights."""
+    bits_per_weight: float
+    """Of the quantized layers, scales and all included."""
+    tokens: int
+    """Calibration tokens."""
+    sequences: int
+    modules: tuple[ModuleReport, ...]
+    seconds: float = field(compare=False)
+    """Solving, packing and writing, without the walk that variants share; differs from run to run."""
+
+    @property
+    def error_per_weight(self) -> float:
+        """Return the mean over linear layers."""
+        return sum(module.error_per_weight for module in self.modules) / len(self.modules)
+
+    @property
+    def escalated(self) -> tuple[ModuleReport, ...]:
+        """Return the layers that needed more damping than was asked for."""
+        return tuple(m for m in self.modules if m.damp is not None and self.damp is not None and m.damp > self.damp)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Layers with the same inputs, stacked, and all that a method may ask of them."""
+
+    weight: Tensor
+    """(out, d), float32."""
+    statistics: Statistics
+    factor: Callable[[bool], gptq.Factor]
+    """Factor of the second moment, in the order of activation or not; computed once for all variants."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """The codes of a problem's weight."""
+
+    codes: GroupCodes
+    damp: float | None = None
+    dead_channels: int = 0
+
+
+def _rtn(problem: Problem, variant: Variant) -> Solved:
+    return Solved(rtn.quantize(problem.weight, bits=variant.bits, group_size=variant.group_size, sym=variant.sym))
+
+
+def _gptq(problem: Problem, variant: Variant) -> Solved:
+    factor = problem.factor(variant.actorder != "none")
+    codes = gptq.solve(
+        problem.weight,
+        factor,
+        bits=variant.bits,
+        group_size=variant.group_size,
+        sym=variant.sym,
+        static=variant.actorder == "static",
+    )
+    return Solved(codes, factor.damp, int(factor.dead.sum()))
+
+
+METHODS: dict[str, Callable[[Problem, Variant], Solved]] = {"gptq": _gptq, "rtn": _rtn}
+"""Every method there is. To add one: a file, a line here, a name in `variants`, a parity test."""
+
+_DAMPED = frozenset({"gptq"})
+
+
+class _Work:
+    """One variant in progress."""
+
+    def __init__(self, variant: Variant, writer: VariantWriter) -> None:
+        self.variant, self.writer = variant, writer
+        self.solved: dict[str, GroupCodes] = {}  # of the layer at hand
+        self.modules: list[ModuleReport] = []
+        self.seconds = 0.0
+
+
+def run(
+    config: QuantizeConfig,
+    *,
+    model: Path,
+    out: Callable[[Variant], Path],
+    tokens: Sequence[Int[Tensor, " time"]],
+    device: str | torch.device = "cpu",
+    shard_bytes: int = hf.SHARD_BYTES,
+) -> list[VariantReport]:
+    """Write every variant of a model and return what became of each.
+
+    One decoder layer is in memory at a time. The same model, config and tokens give the same bytes.
+
+    Args:
+        config: Variants and how to find them.
+        model: Directory of the unquantized model.
+        out: Says in which directory a variant goes.
+        tokens: Calibration text as sequences of token ids.
+        device: Where to compute.
+        shard_bytes: Largest file of weights.
+    """
+    if format.read_format(model) is not None:
+        raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
+    shape = load_config(model)
+    meta, variants = empty_model(shape), config.parsed()
+    check_shapes(meta, variants)
+    calibrate.check_tokens(tokens, shape)
+    _check_places(model, [out(variant) for variant in variants])
+    dtype = DTYPES[config.dtype]
+    tensors = hf.open_tensors(model)
+    stored = stored_names(meta, tensors)
+    with ExitStack() as stack:
+        works = []
+        for variant in variants:
+            works.append(
+                _Work(variant, VariantWriter(out(variant), meta, variant, dtype=dtype, shard_bytes=shard_bytes))
+            )
+            stack.callback(works[-1].writer.abandon)
+        outside = [name for name in stored if not name.startswith("model.layers.")]
+        _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
+        for layer in calibrate.stream(model, shape, tokens, device=device):
+            _solve_layer(layer, works, damp=config.damp)
+            del layer  # before the next one is read, not after
+        _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
+        return [_finish(work, meta, model, tokens, damp=config.damp) for work in works]
+
+
+def _check_places(model: Path, places: list[Path]) -> None:
+    resolved = [place.resolve() for place in places]
+    for place in resolved:
+        if place == model.resolve() or resolved.count(place) > 1:
+            raise LlameroError("a variant needs a directory of its own", where=place)
+
+
+def _copy(works: list[_Work], names: dict[str, str], tensors: hf.Tensors) -> None:
+    """Write tensors that are not quantized to every variant."""
+    for name, source in names.items():
+        tensor = tensors[source]
+        for work in works:
+            work.writer.add(name, tensor)
+
+
+@torch.no_grad()
+def _solve_layer(layer: Layer, works: list[_Work], *, damp: float) -> None:
+    """Quantize a decoder layer once for every variant and write it."""
+    prefix = f"model.layers.{layer.number}."
+    for source, names in INPUTS.items():
+        problem = _problem(layer, source, names, damp=damp)
+        for work in works:
+            started = time.perf_counter()
+            solved = METHODS[work.variant.method](problem, work.variant)
+            row = 0
+            for name in names:
+                outputs = layer.block.get_submodule(name).get_parameter("weight").shape[0]
+                part = slice(row, row + outputs)
+                codes = solved.codes.rows(part.start, part.stop)
+                work.solved[name] = codes
+                work.modules.append(_measure(prefix + name, problem, part, codes, solved))
+                row += outputs
+            work.seconds += time.perf_counter() - started
+    for work in works:
+        started = time.perf_counter()
+        work.writer.add_layer(layer.number, layer.block, work.solved)
+        work.solved = {}
+        work.seconds += time.perf_counter() - started
+
+
+def _problem(layer: Layer, source: str, names: tuple[str, ...], *, damp: float) -> Problem:
+    statistics, where = layer.statistics[source], f"model.layers.{layer.number}.{source}"
+    weight = torch.cat([_weight(layer.block, layer.number, name) for name in names])
+
+    @cache
+    def factor(by_activation: bool) -> gptq.Factor:
+        return gptq.factorize(statistics.second_moment, by_activation=by_activation, damp=damp, where=where)
+
+    return Problem(weight, statistics, factor)
+
+
+def _weight(block: Block, number: int, name: str) -> Tensor:
+    weight = block.get_submodule(name).get_parameter("weight").detach()
+    if not bool(weight.isfinite().all()):
+        raise LlameroError("weights that are not finite", where=f"model.layers.{number}.{name}.weight")
+    return weight
+
+
+def _measure(name: str, problem: Problem, part: slice, codes: GroupCodes, solved: Solved) -> ModuleReport:
+    if not bool(codes.scales.isfinite().all()):
+        raise LlameroError(
+            f"weights up to {problem.weight[part].abs().max().item():g} need a scale beyond float16",
+            where=f"{name}.weight",
+        )
+    weight, moment = problem.weight[part], problem.statistics.second_moment
+    error = _squared_outputs(weight - codes.dequantize(), moment)
+    total = _squared_outputs(weight, moment)
+    return ModuleReport(
+        name,
+        error_per_weight=error / problem.statistics.tokens / weight.numel(),
+        relative_error=error / total if total else 0.0,
+        damp=solved.damp,
+        dead_channels=solved.dead_channels,
+    )
+
+
+def _squared_outputs(w: Tensor, h: Tensor) -> float:
+    """Return `tr(w h w.T)`: the squared outputs, summed over the tokens behind `h`."""
+    return float(((w @ h) * w).sum(dtype=torch.float64))
+
+
+def _finish(work: _Work, meta: Llama, model: Path, tokens: Sequence[Tensor], *, damp: float) -> VariantReport:
+    asked = damp if work.variant.method in _DAMPED else None
+    started = time.perf_counter()
+    size = work.writer.finish(model, damp=asked)
+    return VariantReport(
+        variant=work.variant,
+        path=work.writer.directory,
+        damp=asked,
+        size_bytes=size,
+        bits_per_weight=_bits_per_weight(work.variant, meta),
+        tokens=sum(len(ids) for ids in tokens),
+        sequences=len(tokens),
+        modules=tuple(work.modules),
+        seconds=work.seconds + time.perf_counter() - started,
+    )
+
+
+def _bits_per_weight(variant: Variant, meta: Llama) -> float:
+    weights = stored = 0
+    for layer in quantized_layers(meta).values():
+        inputs, outputs = layer.in_features, layer.out_features
+        parts = format.specs(inputs, outputs, bits=variant.bits, groups=variant.groups(inputs))
+        weights += inputs * outputs
+        stored += 8 * sum(spec.nbytes for spec in parts.values())
+    return stored / weights

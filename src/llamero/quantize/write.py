@@ -1,0 +1,184 @@
+"""A quantized model directory in the making: layers are written as they are solved."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamero.checkpoint import gptq, hf
+from llamero.core import files
+from llamero.core.errors import LlameroError
+from llamero.model.llama import Block, Llama
+from llamero.quantize.variants import Variant
+
+log = logging.getLogger(__name__)
+
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+"""Files that belong to the model and do not change when it is quantized."""
+
+
+class VariantWriter:
+    """Writes one GPTQ directory; tensors come in the order in which the model names them.
+
+    Args:
+        directory: Where to; made if need be.
+        model: The unquantized model, on the meta device.
+        variant: What it becomes.
+        dtype: Dtype of what is not quantized.
+        shard_bytes: Largest file of weights.
+    """
+
+    def __init__(
+        self, directory: Path, model: Llama, variant: Variant, *, dtype: torch.dtype, shard_bytes: int = hf.SHARD_BYTES
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._variant, self._dtype = variant, dtype
+        self._shards = hf.ShardWriter(directory, tensor_specs(model, variant, dtype), shard_bytes=shard_bytes)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not quantized."""
+        value = tensor.detach().to(self._dtype)
+        if not bool(value.isfinite().all()):
+            raise LlameroError(
+                f"its values (up to {tensor.abs().max().item():g}) do not fit into {_name(self._dtype)}",
+                where=name,
+                fix="set `dtype: bfloat16`" if self._dtype == torch.float16 else "the weights of the model are broken",
+            )
+        self._shards.add(name, value)
+
+    def add_layer(self, number: int, block: Block, solved: Mapping[str, gptq.GroupCodes]) -> None:
+        """Write a decoder layer.
+
+        Args:
+            number: Of the layer.
+            block: The layer, unquantized.
+            solved: Codes of each of its linear layers.
+        """
+        prefix = f"model.layers.{number}."
+        for name, parameter in block.named_parameters():
+            owner = name.removesuffix(".weight")
+            if owner in solved:
+                for leaf, tensor in gptq.encode(solved[owner]).items():
+                    self._shards.add(f"{prefix}{owner}.{leaf}", tensor)
+            else:
+                self.add(prefix + name, parameter)
+
+    def finish(self, source: Path, *, damp: float | None) -> int:
+        """Write what stands beside the weights, config.json last, and return the size of the weights in bytes.
+
+        Args:
+            source: Directory of the unquantized model.
+            damp: Damping asked for, `None` if the method knows none.
+        """
+        self._shards.close()
+        carry_over(source, self.directory)
+        quantization = quantization_config(self._variant, damp=damp)
+        config = {**hf.read_config(source), "torch_dtype": _name(self._dtype), "quantization_config": quantization}
+        config.pop("_name_or_path", None)  # often a path on the machine of its maker
+        if "dtype" in config:
+            config["dtype"] = _name(self._dtype)
+        files.write_json(self.directory / "quantize_config.json", quantization)
+        files.write_json(self.directory / "config.json", config)
+        for name in ("quantize_config.json", "config.json"):
+            (self.directory / name).chmod(0o644)
+        return sum(path.stat().st_size for path in self._shards.paths)
+
+    def abandon(self) -> None:
+        """Close the file that is open; the directory stays without a config.json."""
+        self._shards.abandon()
+
+
+def tensor_specs(model: Llama, variant: Variant, dtype: torch.dtype) -> dict[str, hf.Spec]:
+    """Return name, shape and dtype of every tensor of a quantized model, in order."""
+    specs: dict[str, hf.Spec] = {}
+    linears = quantized_layers(model)
+    for name, parameter in model.named_parameters():
+        owner = name.removesuffix(".weight")
+        if owner in linears:
+            layer = linears[owner]
+            inputs, outputs = layer.in_features, layer.out_features
+            parts = gptq.specs(inputs, outputs, bits=variant.bits, groups=variant.groups(inputs))
+            specs |= {f"{owner}.{leaf}": spec for leaf, spec in parts.items()}
+        else:
+            specs[name] = hf.Spec(tuple(parameter.shape), dtype)
+    return specs
+
+
+def quantized_layers(model: Llama) -> dict[str, nn.Linear]:
+    """Return the linear layers that are quantized: those of the decoder layers, not the head."""
+    return {
+        f"model.layers.{name}": layer
+        for name, layer in model.model.layers.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def quantization_config(variant: Variant, *, damp: float | None) -> dict[str, Any]:
+    """Return the `quantization_config` of a variant."""
+    return gptq.quantization_config(
+        bits=variant.bits,
+        group_size=variant.group_size,
+        desc_act=variant.actorder == "desc",
+        static_groups=variant.actorder == "static",
+        sym=variant.sym,
+        damp=damp,
+    )
+
+
+def check_shapes(model: Llama, variants: tuple[Variant, ...]) -> None:
+    """Refuse group sizes that do not divide a layer's inputs, and layers that readers of the format refuse."""
+    linears = quantized_layers(model)
+    for name, layer in linears.items():
+        for width in (layer.in_features, layer.out_features):
+            if width % gptq.MULTIPLE:
+                raise LlameroError(
+                    f"{width} channels; readers of GPTQ need a multiple of {gptq.MULTIPLE}", where=f"{name}.weight"
+                )
+        for variant in variants:
+            if variant.group_size != -1 and layer.in_features % variant.group_size:
+                widths = {each.in_features for each in linears.values()}
+                works = [size for size in (16, 32, 64, 128, 256, 512, 1024) if not any(w % size for w in widths)]
+                raise LlameroError(
+                    f"groups of {variant.group_size} (variant `{variant.name}`) do not divide "
+                    f"its {layer.in_features} input channels",
+                    where=f"{name}.weight",
+                    fix=f"group sizes that divide every layer: {', '.join(map(str, [*works, -1]))}",
+                )
+
+
+def carry_over(source: Path, directory: Path) -> None:
+    """Copy tokenizer, generation settings, chat template and licence."""
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+            (directory / name).chmod(0o644)
+    known = {*CARRIED, "config.json"}
+    weights = (".safetensors", ".bin", ".index.json", ".pth", ".gguf")
+    left = sorted(p.name for p in source.iterdir() if p.name not in known and not p.name.endswith(weights))
+    if left:
+        log.info("not carried over from %s: %s", source, ", ".join(left))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

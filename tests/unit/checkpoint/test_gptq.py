@@ -1,0 +1,143 @@
+import json
+import stat
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamero.checkpoint import gptq, hf
+from llamero.core.errors import LlameroError
+
+
+def bits_of(words):
+    """The bits of each column of int32 words, the first one first."""
+    as_bytes = np.ascontiguousarray(words.T).view(np.uint8)  # (columns, bytes)
+    return np.unpackbits(as_bytes, axis=1, bitorder="little")
+
+
+@given(st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_codes_survive_packing_and_lie_as_one_bit_stream(bits, periods, columns, seed):
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, (32 * periods, columns), dtype=np.uint8))
+    stream = gptq.pack(codes, bits)
+    assert torch.equal(gptq.unpack(stream, bits), codes)
+    digits = bits_of(stream.numpy()).reshape(columns, -1, bits)
+    assert np.array_equal((digits * (1 << np.arange(bits))).sum(-1).T, codes.numpy())
+
+
+def test_codes_that_do_not_fill_words_are_refused():
+    with pytest.raises(ValueError, match="33 codes of 4 bits"):
+        gptq.pack(torch.zeros(33, 1, dtype=torch.uint8), 4)
+
+
+@pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
+def test_symmetric_zeros_are_the_words_that_everybody_writes(bits, word):
+    zeros = torch.full((32, 2), 2 ** (bits - 1), dtype=torch.uint8)
+    codes = gptq.GroupCodes(
+        torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2).half(), zeros, torch.arange(64) // 32, bits
+    )
+    assert set((gptq.encode(codes)["qzeros"].flatten().long() & 0xFFFFFFFF).tolist()) == {word}
+
+
+@pytest.mark.parametrize("bits", gptq.BITS)
+def test_zeros_are_read_as_they_were_written(bits):
+    zeros = torch.arange(64, dtype=torch.uint8).view(32, 2) % (2**bits - 1) + 1
+    codes = gptq.GroupCodes(
+        torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2).half(), zeros, torch.arange(64) // 32, bits
+    )
+    stored = gptq.encode(codes)["qzeros"]
+    assert torch.equal(gptq.decode_zeros(stored, bits, offset=1), zeros.T)
+    assert torch.equal(gptq.decode_zeros(stored, bits, offset=0), zeros.T - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_borrow_between_zeros_is_given_back(bits):
+    zeros = (torch.arange(32)[:, None] % 2**bits).to(torch.uint8)  # with zeros among them
+    ones = int(gptq.pack(torch.ones(32 // bits, 1, dtype=torch.uint8), bits))
+    words = (gptq.pack(zeros, bits).long() - ones).to(torch.int32).T  # subtracted from whole words
+    assert torch.equal(gptq.decode_zeros(words, bits, offset=1), zeros.T)
+
+
+def test_a_zero_point_of_zero_is_never_written():
+    codes = gptq.GroupCodes(
+        torch.zeros(32, 32, dtype=torch.uint8),
+        torch.ones(32, 1).half(),
+        torch.zeros(32, 1, dtype=torch.uint8),
+        torch.zeros(32),
+        4,
+    )
+    with pytest.raises(ValueError, match="zero point of 0"):
+        gptq.encode(codes)
+
+
+PLAIN = {"bits": 4, "group_size": 128, "desc_act": True, "sym": True, "quant_method": "gptq"}
+
+
+@pytest.mark.parametrize(
+    ("change", "offset"),
+    [({}, 1), ({"checkpoint_format": "gptq"}, 1), ({"checkpoint_format": "gptq_v2"}, 0), ({"format": "gptq_v2"}, 0)],
+)
+def test_both_layouts_are_told_apart(change, offset):
+    assert gptq.parse_format({**PLAIN, **change}, where="x") == gptq.Format(4, 128, offset)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"quant_method": "awq"}, "quantized with `awq`"),
+        ({"bits": 5}, "`bits: 5`"),
+        ({"group_size": 0}, "`group_size: 0`"),
+        ({"checkpoint_format": "marlin"}, "layout `marlin`"),
+        ({"dynamic": {"down": {"bits": 8}}}, "`dynamic: "),
+        ({"shuffle": 1}, "`shuffle: 1` is not understood"),
+    ],
+)
+def test_what_is_not_understood_is_refused(change, says):
+    with pytest.raises(LlameroError, match=says) as caught:
+        gptq.parse_format({**PLAIN, **change}, where="config.json")
+    assert caught.value.where == "config.json"
+    assert caught.value.fix
+
+
+def test_older_directories_describe_themselves_beside_the_config(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert gptq.read_format(tmp_path) is None
+    old = {"bits": 4, "group_size": -1, "desc_act": False, "sym": True, "damp_percent": 0.1}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(old))
+    assert gptq.read_format(tmp_path) == gptq.Format(4, -1, 1)
+
+
+def test_our_own_config_is_understood_and_names_no_path():
+    keys = gptq.quantization_config(bits=4, group_size=128, desc_act=True, static_groups=False, sym=True, damp=0.1)
+    assert gptq.parse_format(keys, where="x") == gptq.Format(4, 128, 1)
+    assert "/" not in json.dumps(keys)
+    assert "damp_percent" not in gptq.quantization_config(
+        bits=4, group_size=128, desc_act=True, static_groups=False, sym=True, damp=None
+    )
+
+
+def shards(directory, **how):
+    specs = {name: hf.Spec((4,), torch.float32) for name in "abc"}
+    return hf.ShardWriter(directory, specs, **how)
+
+
+def test_shards_are_readable_by_everybody_and_indexed(tmp_path):
+    with shards(tmp_path, shard_bytes=40) as writer:
+        for i, name in enumerate("abc"):
+            writer.add(name, torch.full((4,), float(i)))
+    assert [stat.S_IMODE(path.stat().st_mode) for path in writer.paths] == [0o644, 0o644]
+    tensors = hf.open_tensors(tmp_path)
+    assert [tensors[name][0].item() for name in "abc"] == [0, 1, 2]
+
+
+def test_shards_take_only_what_was_announced(tmp_path):
+    with pytest.raises(ValueError, match="announced a "), shards(tmp_path) as writer:
+        writer.add("b", torch.zeros(4))
+    with pytest.raises(ValueError, match="b was announced and never came"), shards(tmp_path) as writer:
+        writer.add("a", torch.zeros(4))
+    with shards(tmp_path) as writer:
+        for name in "abc":
+            writer.add(name, torch.zeros(4))
+        with pytest.raises(ValueError, match="d was not announced"):
+            writer.add("d", torch.zeros(4))

@@ -1,0 +1,43 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamero.quantize import grid, rtn
+
+
+def test_a_symmetric_grid_has_its_zero_in_the_middle():
+    grids = grid.fit(torch.tensor([[-1.0, 0.5], [0.25, 0.25]]), dim=1, bits=4, sym=True)
+    assert grids.zero.tolist() == [8, 8]
+    assert grids.scale.tolist() == torch.tensor([2 / 15, 0.5 / 15]).half().tolist()
+
+
+@given(
+    st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=16),
+    st.sampled_from([2, 3, 4, 8]),
+)
+def test_an_asymmetric_grid_covers_its_weights_and_its_zero_is_at_least_one(weights, bits):
+    w = torch.tensor([weights])
+    grids = grid.fit(w, dim=1, bits=bits, sym=False)
+    assert 1 <= int(grids.zero) <= 2**bits - 1
+    reach = grids.decode(torch.tensor([[0.0], [2**bits - 1.0]]))  # (2, 1)
+    slack = float(grids.scale) * 0.51 + 1e-3 * float(w.abs().max())
+    assert float(reach[0]) - slack <= float(w.min())
+    assert float(w.max()) <= float(reach[1]) + slack
+
+
+def test_a_group_of_zeros_stays_zero():
+    for sym in (True, False):
+        assert rtn.quantize(torch.zeros(2, 32), bits=4, group_size=32, sym=sym).dequantize().abs().max() == 0
+
+
+def test_weights_too_small_for_a_scale_do_not_become_infinite():
+    codes = rtn.quantize(torch.full((2, 32), 1e-9), bits=4, group_size=32)
+    assert codes.dequantize().isfinite().all()
+    assert codes.scales.min() > 0
+
+
+def test_rounding_errs_by_half_a_step_at_most():
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    codes = rtn.quantize(w, bits=4, group_size=16, sym=False)
+    step = codes.scales.float().repeat_interleave(16, dim=1)
+    assert ((w - codes.dequantize()).abs() <= 0.51 * step + 0.01).all()
