@@ -159,7 +159,9 @@ class Batches:
             pieces += [(number, a, b) for a, b in kept]
         return pieces
 
-    def _shorten(self, number: int, roles: NDArray[np.integer[Any]], policy: Overlong, limit: int) -> list[tuple[int, int]]:
+    def _shorten(
+        self, number: int, roles: NDArray[np.integer[Any]], policy: Overlong, limit: int
+    ) -> list[tuple[int, int]]:
         report = self.report
         if policy == "error":
             raise LlameroError(

@@ -145,11 +145,11 @@ class Llama(nn.Module):
                 scaling depends on it, and it must be the same whenever a sequence is continued.
         """
         rope = self.config.rope
-        if len(set(lengths)) == 1:
-            frequencies = rope.frequencies(lengths[0])
-        else:
+        if rope.depends_on_length and len(set(lengths)) > 1:
             known = {length: rope.frequencies(length) for length in set(lengths)}
             frequencies = torch.stack([known[length] for length in lengths])
+        else:
+            frequencies = rope.frequencies(lengths[0])
         return rotations(positions, frequencies.to(positions.device), scale=rope.attention_scale)
 
     def hidden(

@@ -29,6 +29,11 @@ class Rope(Protocol):
         """Factor on cosine and sine; 1 except for YaRN."""
         ...
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether sequences of different lengths turn at different speeds."""
+        ...
+
     def frequencies(self, length: int) -> Float[Tensor, " half"]:
         """Return radians per token for a sequence of `length` tokens."""
         ...
@@ -73,6 +78,7 @@ class Default:
     theta: float
     head_dim: int
     attention_scale = 1.0
+    depends_on_length = False
 
     def frequencies(self, length: int) -> Float[Tensor, " half"]:
         """Return the plain frequencies, whatever the length."""
@@ -91,6 +97,7 @@ class Linear:
     head_dim: int
     factor: float
     attention_scale = 1.0
+    depends_on_length = False
 
     def frequencies(self, length: int) -> Float[Tensor, " half"]:
         """Return the plain frequencies divided by `factor`."""
@@ -114,6 +121,7 @@ class Dynamic:
     factor: float
     original_context: int
     attention_scale = 1.0
+    depends_on_length = True
 
     def frequencies(self, length: int) -> Float[Tensor, " half"]:
         """Return the frequencies of a sequence of `length` tokens."""
@@ -140,6 +148,7 @@ class Yarn:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    depends_on_length = False
 
     @property
     def attention_scale(self) -> float:
@@ -200,6 +209,7 @@ class Llama3:
     low_freq_factor: float
     high_freq_factor: float
     attention_scale = 1.0
+    depends_on_length = False
 
     def frequencies(self, length: int) -> Float[Tensor, " half"]:
         """Return frequencies divided by `factor` below `low_freq_factor` turns, kept above the high one."""
