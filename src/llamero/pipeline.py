@@ -142,6 +142,7 @@ class Plan:
         used = [stage.mixture for stage in self.recipe.train]
         if self.recipe.quantize and self.recipe.quantize.calibration.mixture:
             used.append(self.recipe.quantize.calibration.mixture)
+        used += [name for t in self.recipe.evaluate if isinstance(t, PerplexityTask) for name in t.validation]
         return list(dict.fromkeys(used))
 
     def _files(self, mixture: MixtureConfig) -> dict[str, str]:
@@ -276,11 +277,7 @@ class Plan:
     # -- evaluation
 
     def _plan_evaluation(self) -> list[Identity]:
-        return [
-            self._plan_measurement(task, name, number)
-            for number, task in enumerate(self.recipe.evaluate)
-            for name in self._measured(task)
-        ]
+        return [self._plan_measurement(task, name) for task in self.recipe.evaluate for name in self._measured(task)]
 
     def _measured(self, task: EvaluateConfig) -> list[str]:
         variants = list(self.recipe.quantize.variants) if self.recipe.quantize else []
@@ -291,10 +288,12 @@ class Plan:
 
     def _own_name(self, model: str) -> str:
         """Return the stage that `base` or `final` stands for; a base that the user brought stays `base`."""
+        if model not in ("base", "final"):
+            return model
         same = [stage.name for stage in self.recipe.train if self.models[stage.name] is self.models[model]]
         return same[0] if same else "base"
 
-    def _plan_measurement(self, task: EvaluateConfig, name: str, number: int) -> Identity:
+    def _plan_measurement(self, task: EvaluateConfig, name: str) -> Identity:
         said = task.model_dump(mode="json", exclude={"models", "data"})
         config = {"task": said, "model": name, "template": self.recipe.template}
         parents = {"model": self._model_digest(name)}
@@ -302,10 +301,11 @@ class Plan:
             parents["data"] = self._digest(self.root / task.data)
         if isinstance(task, PerplexityTask):
             parents |= {f"text {key}": self._digest(self.root / path) for key, path in task.texts.items()}
+            parents |= {f"validation {name}": self.data[name].digest for name in task.validation}
         variant = self.recipe.quantize is not None and name in self.recipe.quantize.variants
         if variant:
             parents["reference"] = self._model_digest("final")
-        identity = Identity("evaluation", f"evaluate-{number + 1}-{task.tasks}-{name}", config, parents)
+        identity = Identity("evaluation", f"evaluate-{task.tasks}-{name}", config, parents)
 
         def make(builds: Builds) -> None:
             from llamero.evaluate.run import run
@@ -318,6 +318,7 @@ class Plan:
                 template=self.recipe.template,
                 root=self.root,
                 reference=self.path("final") if variant else None,
+                mixtures={name: identity.path(self.out) for name, identity in self.data.items()},
             )
             results.write(build.path, found)
             build.summary = {"results": len(found)}
@@ -332,7 +333,8 @@ class Plan:
         if publish is None:
             return None
         config = {"publish": publish.model_dump(mode="json"), "name": recipe.name}
-        parents = {stage.name: i.digest for stage in self.stages for i in stage.identities.values()}
+        made = [identity.digest for stage in self.stages for identity in stage.identities.values()]
+        parents = {str(number): digest for number, digest in enumerate(made)}
         parents |= {name: self._model_digest(name) for name in self.models}
         identity = Identity("release", "release", config, parents)
 
@@ -350,6 +352,7 @@ class Plan:
                 data=[artifact.read(identity.path(self.out)) for identity in self.data.values()],
                 variants=[self._artifact(name) for name in (recipe.quantize.variants if recipe.quantize else ())],
                 results=self.all_results(),
+                base_on_hub=self._base is not None and not (self.root / str(recipe.base)).is_dir(),
             )
             build.summary = run(publish, inputs, build.path)
 

@@ -63,11 +63,11 @@ class ToyWorldSource(_Source):
 
 def _kind(value: Any) -> str:
     named = value if isinstance(value, dict) else vars(value)
-    return "toy_world" if "toy_world" in named else "file"
+    return "ToyWorldSource" if "toy_world" in named else "FileSource"
 
 
 SourceConfig = Annotated[
-    Annotated[FileSource, Tag("file")] | Annotated[ToyWorldSource, Tag("toy_world")], Discriminator(_kind)
+    Annotated[FileSource, Tag("FileSource")] | Annotated[ToyWorldSource, Tag("ToyWorldSource")], Discriminator(_kind)
 ]
 
 

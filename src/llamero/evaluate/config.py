@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llamero.core.config import Strict
 
@@ -47,14 +47,22 @@ class PerplexityTask(_Task):
 
     tasks: Literal["perplexity"]
     """Name of the task."""
-    texts: dict[str, str]
+    texts: dict[str, str] = {}
     """Text files by the name that reports use, relative to the recipe."""
+    validation: list[str] = []
+    """Mixtures of the recipe; their validation documents, one after the other, are a text each."""
     window: int = Field(default=512, ge=2)
     """Tokens of a window."""
     stride: int = Field(default=256, ge=1)
     """Tokens between windows; the rest of a window is context."""
     tokens: int | None = Field(default=None, gt=1)
     """Tokens of each text to use, from its start; all by default."""
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> Self:
+        if not self.texts and not self.validation:
+            raise ValueError("give `texts` or `validation`")
+        return self
 
 
 EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask, Field(discriminator="tasks")]

@@ -1,16 +1,17 @@
 """evaluate: a model directory and a task in, results out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.core.results import Result
-from llamero.corpus import benchmarks, toy_world
+from llamero.corpus import benchmarks, megatron, toy_world
 from llamero.evaluate import choices, h4
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, ToyWorldTask
 from llamero.infer import score
@@ -33,6 +34,8 @@ class Subject:
     """Directory that a task's paths start from."""
     reference: Path | None
     """The unquantized model, where this is a variant of one."""
+    mixtures: Mapping[str, Path]
+    """Tokenized mixtures of the recipe."""
 
     def result(
         self, task: str, metrics: dict[str, float], protocol: str, *, notes: Sequence[str] = (), **inputs: Any
@@ -50,6 +53,7 @@ def run(
     template: str,
     root: Path,
     reference: Path | None = None,
+    mixtures: Mapping[str, Path] | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Result]:
     """Measure one model by one task.
@@ -61,10 +65,11 @@ def run(
         template: Chat template of its prompts.
         root: Directory that the task's paths start from.
         reference: The unquantized model, to measure agreement with.
+        mixtures: Tokenized mixtures by name, for tasks that read their validation documents.
         device: Where to compute.
     """
     loaded = load_model(model, dtype=torch.float32, device=device)
-    subject = Subject(name, loaded, load_tokenizer(model), template, root, reference)
+    subject = Subject(name, loaded, load_tokenizer(model), template, root, reference, mixtures or {})
     with torch.inference_mode():
         return TASKS[type(task)](task, subject)
 
@@ -96,14 +101,11 @@ def _error(metric: str, value: float | None) -> dict[str, float]:
 
 
 def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
-    tokenizer = subject.tokenizer
-    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     other = None if subject.reference is None else load_model(subject.reference, dtype=torch.float32)
     results: list[Result] = []
-    for name, path in task.texts.items():
-        ids = (head + tokenizer.encode(_read(subject.root / path)))[: task.tokens]
+    for name, ids in _texts(task, subject):
         found = score.perplexity(subject.model, ids, window=task.window, stride=task.stride)
-        start = "after BOS" if head else "no BOS"
+        start = "after BOS" if ids[0] == subject.tokenizer.bos_id else "no BOS"
         protocol = f"window {task.window}, stride {task.stride}, {start}"
         metrics = {"perplexity": found.value, "tokens": found.tokens}
         results.append(subject.result("perplexity", metrics, protocol, text=name))
@@ -113,6 +115,19 @@ def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
             protocol = f"KL(original ‖ this) in nats per token, windows of {task.window}, {start}"
             results.append(subject.result("agreement", metrics, protocol, text=name))
     return results
+
+
+def _texts(task: PerplexityTask, subject: Subject) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and ids of every text."""
+    tokenizer = subject.tokenizer
+    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    for name, path in task.texts.items():
+        yield name, (head + tokenizer.encode(_read(subject.root / path)))[: task.tokens]
+    for name in task.validation:
+        documents = megatron.Reader(subject.mixtures[name] / "val-text")
+        if not len(documents):
+            raise LlameroError(f"mixture `{name}` has no validation documents", fix="give a source `val_split`")
+        yield f"{name}, validation", np.concatenate(list(documents)).astype(np.int64).tolist()[: task.tokens]
 
 
 def _read(path: Path) -> str:

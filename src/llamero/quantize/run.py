@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -62,6 +63,24 @@ class VariantReport:
     def error_per_weight(self) -> float:
         """Return the mean over linear layers."""
         return sum(module.error_per_weight for module in self.modules) / len(self.modules)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the card and the stages after this one need, the same for every run."""
+        return {
+            "name": self.variant.name,
+            "method": self.variant.method,
+            "bits": self.variant.bits,
+            "group_size": self.variant.group_size,
+            "actorder": self.variant.actorder,
+            "sym": self.variant.sym,
+            "damp": self.damp,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "error_per_weight": self.error_per_weight,
+            "modules": [asdict(module) for module in self.modules],
+        }
 
     @property
     def escalated(self) -> tuple[ModuleReport, ...]:

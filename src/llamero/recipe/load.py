@@ -81,7 +81,12 @@ def _explain(error: ValidationError, source: Source) -> LlameroError:
     got = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
     fix = None
     if first["type"] == "extra_forbidden":
+        text = "unknown key"
         fix = _nearest_key(place)
+    elif first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        text, got = f"unknown {context['discriminator']} `{context['tag']}`", ""
+        fix = did_you_mean(context["tag"], [name.strip(" '") for name in context["expected_tags"].split(",")])
     elif first["type"] == "missing" and place:
         fix = f"add `{place[-1]}`"
     more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -92,9 +97,7 @@ def _keys(place: tuple[str | int, ...], value: Any) -> list[str]:
     """Return the parts of a location that are the file's own keys; the schema adds the names of kinds."""
     keys: list[str] = []
     for number, part in enumerate(place):
-        if isinstance(value, list) and isinstance(part, int):
-            value = value[part]
-        elif isinstance(value, dict) and part in value:
+        if (isinstance(value, list) and isinstance(part, int)) or (isinstance(value, dict) and part in value):
             value = value[part]
         elif number != len(place) - 1:  # the last is the key in question, whether it is there or not
             continue

@@ -10,7 +10,7 @@ from llamero.core.config import Strict
 from llamero.core.errors import did_you_mean
 from llamero.data.config import DataConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
-from llamero.evaluate.config import EvaluateConfig
+from llamero.evaluate.config import EvaluateConfig, PerplexityTask
 from llamero.parallel.config import ParallelConfig
 from llamero.publish.config import PublishConfig
 from llamero.quantize.config import QuantizeConfig
@@ -70,6 +70,8 @@ class Recipe(Strict):
         for task in self.evaluate:
             for model in task.models:
                 _known(model, models, f"`{task.tasks}` measures model")
+            for mixture in task.validation if isinstance(task, PerplexityTask) else ():
+                _known(mixture, self.data.mixtures, "perplexity reads mixture")
         return self
 
 
