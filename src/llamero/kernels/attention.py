@@ -43,9 +43,9 @@ def batched(
     if q.device.type != "cpu":
         return _batched_plain(q, k, v, bias)
     qs, ks, vs = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        qs, ks, vs, 0.0, False, attn_mask=None if bias is None else bias[:, None]
-    )
+    if bias is not None:
+        bias = bias[:, None].to(wide_dtype(q.dtype))  # for float64 torch would read float32 bits as float64, unasked
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs, 0.0, False, attn_mask=bias)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 

@@ -5,8 +5,10 @@ A layout says which query may look at which key. Packed documents (training), a 
 mask that serves as its oracle, and a fast path where one exists.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,9 +30,21 @@ class Documents:
         return kernels.same_document(self.lengths)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring nodes of a forest that are attended to in one call."""
+
+    start: int
+    stop: int
+    lengths: tuple[int, ...] | None
+    """Trees that never branch are documents of these lengths."""
+    bias: Float[Tensor, "1 nodes nodes"] | None
+    """A tree that branches: 0 where a node may look, -inf where not."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A tree of tokens; each sees itself and its ancestors. The queries are the last of the keys."""
+    """A tree (or several) of tokens; each sees itself and its ancestors. The queries are the last of the keys."""
 
     parents: Int[Tensor, " keys"]
     """Index of each key's parent, -1 for a root; parents stand before their children."""
@@ -41,6 +55,37 @@ class Tree:
     def mask(self) -> Bool[Tensor, "queries keys"]:
         """Dense form."""
         return kernels.tree_mask(self.parents, self.queries)
+
+    @cached_property
+    def bias(self) -> Float[Tensor, "1 queries keys"]:
+        """Dense form, to be added to the scores."""
+        return _bias(self.mask)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The forest, cut where nothing crosses; only where every key asks."""
+        runs: list[Run] = []
+        for start, stop, branches in self._trees():
+            last = runs[-1] if runs else None
+            if branches:
+                within = self.parents[start:stop] - start  # a root stays below 0
+                runs.append(Run(start, stop, None, _bias(kernels.tree_mask(within.clamp(min=-1), stop - start))))
+            elif last is not None and last.lengths is not None:
+                runs[-1] = Run(last.start, stop, (*last.lengths, stop - start), None)
+            else:
+                runs.append(Run(start, stop, (stop - start,), None))
+        return tuple(runs)
+
+    def _trees(self) -> list[tuple[int, int, bool]]:
+        """Return (start, stop, whether it branches) of neighbouring trees; interleaved ones count as one."""
+        trees: list[tuple[int, int, bool]] = []
+        for start, stop, parent in kernels.chains(self.parents.tolist()):
+            trees.append((start, stop, False))
+            while parent >= 0 and parent < trees[-1][0]:  # this chain hangs on an earlier tree
+                trees.pop()
+            if parent >= 0:
+                trees[-1] = (trees[-1][0], stop, True)
+        return trees
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +104,52 @@ class Pages:
 
     def gather(self, pool: Float[Tensor, "pages page kv d"], row: int) -> Float[Tensor, "keys kv d"]:
         """Return the keys (or values) of one row in order."""
-        return pool[self.table[row]].flatten(0, 1)[: self.lengths[row]]
+        pages = -(-self.lengths[row] // pool.shape[1])
+        return pool[self.table[row, :pages]].flatten(0, 1)[: self.lengths[row]]
 
     def row_mask(self, row: int) -> Bool[Tensor, "queries keys"]:
         """Return which keys of its row each query sees."""
         length, new = self.lengths[row], self.new[row]
         return torch.ones(new, length, dtype=torch.bool).tril(length - new)
 
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First query of each row."""
+        return tuple(accumulate(self.new, initial=0))[:-1]
+
+    @cached_property
+    def single(self) -> tuple[int, ...]:
+        """Rows that ask for one token: they go together."""
+        return tuple(row for row, new in enumerate(self.new) if new == 1)
+
+    @cached_property
+    def single_queries(self) -> Int[Tensor, " rows"]:
+        """Where the queries of those rows are."""
+        return torch.tensor([self.starts[row] for row in self.single], device=self.table.device)
+
+    @cached_property
+    def single_rows(self) -> Int[Tensor, " rows"]:
+        """Those rows, for the table."""
+        return torch.tensor(self.single, device=self.table.device)
+
+    @cached_property
+    def single_longest(self) -> int:
+        """Most keys among those rows."""
+        return max(self.lengths[row] for row in self.single)
+
+    @cached_property
+    def single_bias(self) -> Float[Tensor, "rows 1 keys"]:
+        """-inf behind the end of the shorter ones of those rows."""
+        lengths = torch.tensor([self.lengths[row] for row in self.single])
+        seen = torch.arange(self.single_longest) < lengths[:, None]
+        return _bias(seen)[0][:, None].to(self.table.device)
+
 
 Layout = Documents | Tree | Pages
+
+
+def _bias(mask: Bool[Tensor, "queries keys"]) -> Float[Tensor, "1 queries keys"]:
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)[None]
 
 
 def attend(
@@ -76,7 +158,7 @@ def attend(
     v: Float[Tensor, "..."],
     layout: Layout,
 ) -> tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]]:
-    """Return the attention output and the float32 log-sum-exp of its scores.
+    """Return the attention output and the float32 log-sum-exp of its scores (float64 for inputs of that).
 
     Args:
         q: Queries, already rotated.
@@ -88,22 +170,64 @@ def attend(
         case Documents():
             return kernels.documents(q, k, v, layout.lengths)
         case Tree():
-            return kernels.masked(q, k, v, layout.mask.to(q.device))
+            return _attend_tree(q, k, v, layout)
         case Pages():
             return _attend_pages(q, k, v, layout)
 
 
-def _attend_pages(q: Tensor, k: Tensor, v: Tensor, layout: Pages) -> tuple[Tensor, Tensor]:
-    outs, lses = [], []
-    for row, part in enumerate(q.split(layout.new)):
-        keys, values = layout.gather(k, row), layout.gather(v, row)
-        if layout.new[row] == layout.lengths[row]:
-            out, lse = kernels.documents(part, keys, values, (layout.lengths[row],))
+def _attend_tree(q: Tensor, k: Tensor, v: Tensor, layout: Tree) -> tuple[Tensor, Tensor]:
+    if layout.queries != len(layout.parents):
+        return _one(*kernels.batched(q[None], k[None], v[None], layout.bias))
+    parts = []
+    for run in layout.runs:
+        here = slice(run.start, run.stop)
+        if run.lengths is not None:
+            parts.append(kernels.documents(q[here], k[here], v[here], run.lengths))
         else:
-            out, lse = kernels.masked(part, keys, values, layout.row_mask(row).to(q.device))
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+            parts.append(_one(*kernels.batched(q[None, here], k[None, here], v[None, here], run.bias)))
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _attend_pages(q: Tensor, k: Tensor, v: Tensor, layout: Pages) -> tuple[Tensor, Tensor]:
+    if len(layout.single) == len(layout.new):
+        return _attend_single(q, k, v, layout)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=kernels.wide_dtype(q.dtype), device=q.device)
+    if layout.single:
+        where = layout.single_queries
+        out[where], lse[where] = _attend_single(q[where], k, v, layout)
+    for row, new in enumerate(layout.new):
+        if new > 1:
+            here = slice(layout.starts[row], layout.starts[row] + new)
+            keys, values = layout.gather(k, row), layout.gather(v, row)
+            out[here], lse[here] = _attend_row(q[here], keys, values)
+    return out, lse
+
+
+def _attend_single(
+    q: Float[Tensor, "rows heads d"], k: Tensor, v: Tensor, layout: Pages
+) -> tuple[Float[Tensor, "rows heads d"], Float[Tensor, "rows heads"]]:
+    """Attend for the rows that ask for one token, padded to the longest of them."""
+    longest = layout.single_longest
+    pages = layout.table[layout.single_rows, : -(-longest // k.shape[1])]
+    keys, values = (pool[pages].flatten(1, 2)[:, :longest] for pool in (k, v))  # (rows, keys, kv, d)
+    out, lse = kernels.batched(q[:, None], keys, values, layout.single_bias)
+    return out[:, 0], lse[:, 0]
+
+
+def _attend_row(
+    q: Float[Tensor, "queries heads d"], k: Float[Tensor, "keys kv d"], v: Float[Tensor, "keys kv d"]
+) -> tuple[Tensor, Tensor]:
+    """Attend for the last tokens of one row: to what was there before without a mask, to each other causally."""
+    new, before = len(q), len(k) - len(q)
+    own = kernels.documents(q, k[before:], v[before:], (new,))
+    if not before:
+        return own
+    return kernels.merge(_one(*kernels.batched(q[None], k[None, :before], v[None, :before])), own)
+
+
+def _one(out: Float[Tensor, "1 ..."], lse: Float[Tensor, "1 ..."]) -> tuple[Tensor, Tensor]:
+    return out[0], lse[0]
 
 
 def attend_plain(

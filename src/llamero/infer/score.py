@@ -1,0 +1,392 @@
+"""What a model thinks of text that is there: log-likelihoods, perplexity, agreement of two models.
+
+Logits exist for a chunk of positions at a time, and only for positions that are asked about.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llamero.core import progress
+from llamero.core.errors import LlameroError
+from llamero.infer.context import check_ids, context_length, device_of, rope_length, rotation_of
+from llamero.model.attention import Documents, Tree
+from llamero.model.llama import Llama
+
+BATCH_TOKENS = 4096
+"""Tokens of a forward pass."""
+
+LOGITS = 2**24
+"""Logits that exist at a time."""
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How likely a continuation is."""
+
+    log_likelihood: float
+    """Natural logarithm of its probability, given the context."""
+    greedy: bool
+    """Whether each of its tokens is the likeliest one."""
+    tokens: int
+    """Its length."""
+    truncated: int = 0
+    """Tokens that the context lost on its left because all would not fit."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Continuations of one context; they are computed as the branches of a tree."""
+
+    context: Ids
+    length: int
+    """What decides the frequencies (`rope_length`), the same for all."""
+    continuations: tuple[tuple[int, Ids], ...]
+    """Number of the unique request, and its continuation."""
+
+    @property
+    def nodes(self) -> int:
+        """Tokens to compute: the last of a continuation predicts nothing."""
+        return len(self.context) + sum(len(ids) - 1 for _, ids in self.continuations)
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: Llama,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    max_length: int | None = None,
+) -> list[Scored]:
+    """Return the log-likelihood of each continuation after its context, in the order of the requests.
+
+    Equal requests are computed once, and so is a context that several continuations share.
+
+    Args:
+        model: The model.
+        requests: (context, continuation) ids; neither may be empty.
+        batch_tokens: Tokens of a forward pass; one sequence that is longer has a pass to itself.
+        max_length: Tokens the model may see at a time; contexts lose what is too much on their left, and
+            `Scored.truncated` says how much. `None` is the model's own context.
+    """
+    limit = context_length(model.config) if max_length is None else max_length
+    unique: dict[tuple[Ids, Ids], int] = {}
+    places, lost = [], []
+    for number, (context, continuation) in enumerate(requests):
+        kept = _truncated(model, context, continuation, limit, number)
+        places.append(unique.setdefault((kept, tuple(continuation)), len(unique)))
+        lost.append(len(context) - len(kept))
+    first = {place: number for number, place in reversed(list(enumerate(places)))}
+    sums, greedy = torch.zeros(len(unique), dtype=torch.float64), torch.ones(len(unique), dtype=torch.bool)
+    groups = _groups(model, unique, batch_tokens)
+    with progress.Line("score", total=len(unique), unit="requests") as line:
+        for batch in _batches(groups, batch_tokens):
+            _score(model, batch, sums, greedy)
+            done = [place for group in batch for place, _ in group.continuations]
+            _refuse_nan(sums[done], [first[place] for place in done])
+            line.advance(len(done))
+    return [
+        Scored(float(sums[place]), bool(greedy[place]), len(request[1]), cut)
+        for place, request, cut in zip(places, requests, lost, strict=True)
+    ]
+
+
+def _truncated(model: Llama, context: Sequence[int], continuation: Sequence[int], limit: int, number: int) -> Ids:
+    """Return the context that fits beside its continuation, whose last token is not fed to the model."""
+    where = f"request {number}"
+    if not continuation:
+        raise LlameroError("the continuation is empty: there is nothing to score", where=where)
+    if not context:
+        raise LlameroError(
+            "the context is empty: nothing predicts the first token",
+            where=where,
+            fix="begin with the beginning-of-text token (or the end-of-text token, as older harnesses do)",
+        )
+    check_ids(model, context, where=where)
+    check_ids(model, continuation, where=where)
+    room = limit + 1 - len(continuation)
+    if room < 1:
+        raise LlameroError(
+            f"the continuation has {len(continuation)} tokens, the model sees {limit} at a time", where=where
+        )
+    return tuple(context[-room:])
+
+
+def _groups(model: Llama, unique: Iterable[tuple[Ids, Ids]], batch_tokens: int) -> list[_Group]:
+    """Return continuations by context, largest group first; none is needlessly larger than a batch."""
+    together: dict[tuple[Ids, int], list[tuple[int, Ids]]] = {}
+    for place, (context, continuation) in enumerate(unique):
+        length = rope_length(model.config, len(context) + len(continuation) - 1)
+        together.setdefault((context, length), []).append((place, continuation))
+    groups = []
+    for (context, length), continuations in together.items():
+        part: list[tuple[int, Ids]] = []
+        size = len(context)
+        for place, ids in sorted(continuations, key=lambda item: len(item[1])):
+            if part and size + len(ids) - 1 > batch_tokens:
+                groups.append(_Group(context, length, tuple(part)))
+                part, size = [], len(context)
+            part.append((place, ids))
+            size += len(ids) - 1
+        groups.append(_Group(context, length, tuple(part)))
+    return sorted(groups, key=lambda group: -group.nodes)
+
+
+def _batches(groups: Sequence[_Group], batch_tokens: int) -> Iterator[list[_Group]]:
+    batch: list[_Group] = []
+    size = 0
+    for group in groups:
+        if batch and size + group.nodes > batch_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(group)
+        size += group.nodes
+    if batch:
+        yield batch
+
+
+def _score(
+    model: Llama, batch: Sequence[_Group], sums: Float[Tensor, " requests"], greedy: Bool[Tensor, " requests"]
+) -> None:
+    """Add what one forward pass says to the sums."""
+    ids: list[int] = []
+    parents: list[int] = []
+    stretches: list[tuple[int, int, int]] = []  # start, count, length of each context and each continuation
+    asked: list[tuple[int, int, int]] = []  # node, the token after it, request
+    for group in batch:
+        root, trunk = len(ids), len(group.context)
+        ids += group.context
+        parents += [-1, *range(root, root + trunk - 1)]
+        stretches.append((0, trunk, group.length))
+        for place, continuation in group.continuations:
+            node = len(ids)
+            path = [root + trunk - 1, *range(node, node + len(continuation) - 1)]  # who predicts each token
+            asked += [(at, token, place) for at, token in zip(path, continuation, strict=True)]
+            ids += continuation[:-1]
+            parents += path[:-1]
+            stretches.append((trunk, len(continuation) - 1, group.length))
+    starts, counts, lengths = (list(column) for column in zip(*(s for s in stretches if s[1]), strict=True))
+    device = device_of(model)
+    layout = Tree(torch.tensor(parents, device=device), len(ids))
+    rotation = rotation_of(model, starts, counts, lengths)
+    hidden = model.hidden(torch.tensor(ids, device=device), rotation, layout)
+    nodes, tokens, places = torch.tensor(asked).T
+    found, likeliest = token_log_probs(model, hidden, nodes, tokens)
+    sums.index_add_(0, places, found)
+    greedy[places[~likeliest]] = False
+
+
+def token_log_probs(
+    model: Llama,
+    hidden: Float[Tensor, "tokens dim"],
+    nodes: Int[Tensor, " asked"],
+    targets: Int[Tensor, " asked"],
+) -> tuple[Float[Tensor, " asked"], Bool[Tensor, " asked"]]:
+    """Return the log-probability of tokens after positions, and whether they are the likeliest, on the CPU.
+
+    Args:
+        model: The model.
+        hidden: Its normalized last hidden states.
+        nodes: Positions; one that is asked about often is computed once.
+        targets: The token whose probability is asked.
+    """
+    needed, inverse = nodes.unique(return_inverse=True)
+    order = inverse.argsort(stable=True)
+    rows = max(1, LOGITS // model.config.vocab_size)
+    found = torch.empty(len(nodes), dtype=torch.float64)
+    likeliest = torch.empty(len(nodes), dtype=torch.bool)
+    for start in range(0, len(needed), rows):
+        chunk = needed[start : start + rows]
+        mine = order[(inverse[order] >= start) & (inverse[order] < start + len(chunk))]
+        logits = model.lm_head(hidden[chunk.to(hidden.device)]).float()
+        row, target = (inverse[mine] - start).to(logits.device), targets[mine].to(logits.device)
+        found[mine] = (logits[row, target] - logits.logsumexp(-1)[row]).double().cpu()
+        likeliest[mine] = (logits.argmax(-1)[row] == target).cpu()
+    return found, likeliest
+
+
+def _refuse_nan(values: Float[Tensor, " requests"], numbers: Sequence[int]) -> None:
+    if values.isnan().any():
+        raise LlameroError(
+            "NaN among the logits",
+            where=f"request {numbers[int(values.isnan().int().argmax())]}",
+            fix="load the model in float32 or bfloat16 if it is float16; else its weights are broken",
+        )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How surprised a model is by a text."""
+
+    nll_sum: float
+    """Sum of negative log-likelihoods, in nats."""
+    tokens: int
+    """Tokens that were scored."""
+    protocol: str
+    """Window, stride and what was scored, in one line."""
+
+    @property
+    def value(self) -> float:
+        """The perplexity: e to the mean negative log-likelihood per token."""
+        return math.exp(self.nll_sum / self.tokens)
+
+
+@dataclass(frozen=True)
+class _Window:
+    start: int
+    stop: int
+    scored: int
+    """First token that is scored; those before it are context."""
+
+
+def _windows(tokens: int, window: int, stride: int) -> list[_Window]:
+    """Return windows whose tokens are scored once each, with what is left of them in the window as context."""
+    windows = []
+    scored = 0
+    for start in range(0, tokens, stride):
+        stop = min(start + window, tokens)
+        windows.append(_Window(start, stop, max(scored, start + 1)))  # nothing predicts a window's first token
+        scored = stop
+        if stop == tokens:
+            break
+    return [w for w in windows if w.scored < w.stop]
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Llama, ids: Sequence[int], *, window: int, stride: int, batch_tokens: int = BATCH_TOKENS
+) -> Perplexity:
+    """Return the perplexity of one long text by a sliding window.
+
+    Each window scores its last `stride` tokens, the first one all but the first token. With a stride as long
+    as the window the first token of every window goes unscored: nothing predicts it.
+
+    Args:
+        model: The model.
+        ids: The text.
+        window: Tokens the model sees at a time.
+        stride: How far the window moves on.
+        batch_tokens: Tokens of a forward pass; at least one window goes into each.
+    """
+    _check_window(model, ids, window, stride)
+    total, count = 0.0, 0
+    windows = _windows(len(ids), window, stride)
+    per_pass = max(1, batch_tokens // window)
+    with progress.Line("perplexity", total=len(windows), unit="windows") as line:
+        for begin in range(0, len(windows), per_pass):
+            batch = windows[begin : begin + per_pass]
+            hidden = _windows_hidden(model, ids, batch)
+            nodes, targets = _predictions(ids, batch)
+            found, _ = token_log_probs(model, hidden, nodes, targets)
+            if found.isnan().any():
+                at = int(found.isnan().int().argmax())
+                raise LlameroError("NaN among the logits", where=f"window {begin + _owner(batch, at)} of the text")
+            total -= float(found.sum())
+            count += len(found)
+            line.advance(len(batch))
+    protocol = f"window {window}, stride {stride}, {count} of {len(ids)} tokens scored"
+    return Perplexity(total, count, protocol)
+
+
+def _predictions(ids: Sequence[int], batch: Sequence[_Window]) -> tuple[Int[Tensor, " asked"], Int[Tensor, " asked"]]:
+    """Return which positions of the packed windows predict the scored tokens, and these tokens."""
+    nodes, targets, offset = [], [], 0
+    for w in batch:
+        nodes += [offset + at - 1 - w.start for at in range(w.scored, w.stop)]
+        targets += ids[w.scored : w.stop]
+        offset += w.stop - w.start
+    return torch.tensor(nodes), torch.tensor(targets)
+
+
+def _owner(batch: Sequence[_Window], asked: int) -> int:
+    """Return which window scores the token number `asked` of a batch."""
+    for number, w in enumerate(batch):
+        asked -= w.stop - w.scored
+        if asked < 0:
+            return number
+    raise ValueError(f"the batch scores {-asked} tokens fewer")
+
+
+def _windows_hidden(model: Llama, ids: Sequence[int], batch: Sequence[_Window]) -> Float[Tensor, "tokens dim"]:
+    lengths = [w.stop - w.start for w in batch]
+    flat = list(chain.from_iterable(ids[w.start : w.stop] for w in batch))
+    rotation = rotation_of(model, [0] * len(batch), lengths, lengths)
+    return model.hidden(torch.tensor(flat, device=device_of(model)), rotation, Documents(tuple(lengths)))
+
+
+def _check_window(model: Llama, ids: Sequence[int], window: int, stride: int) -> None:
+    context = context_length(model.config)
+    if not 2 <= window <= context:
+        raise LlameroError(f"the window must have 2 to {context} tokens (the model's context), not {window}")
+    if not 1 <= stride <= window:
+        raise LlameroError(f"the stride must be 1 to {window} (the window), not {stride}")
+    if len(ids) < 2:
+        raise LlameroError(f"a text of {len(ids)} tokens has nothing to predict")
+    check_ids(model, ids, where="the text")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a model stays to a reference."""
+
+    kl: float
+    """Mean of KL(reference ‖ other) per token, in nats."""
+    top1: float
+    """Share of tokens at which both have the same favourite."""
+    tokens: int
+    """Positions that were compared."""
+
+
+@torch.inference_mode()
+def compare(
+    reference: Llama, other: Llama, ids: Sequence[int], *, window: int, batch_tokens: int = BATCH_TOKENS
+) -> Agreement:
+    """Return how far another model's predictions are from a reference's, at every position of a text.
+
+    Args:
+        reference: The model to stay close to.
+        other: The model that is measured; it has the same vocabulary.
+        ids: The text; it is cut into windows that do not see each other.
+        window: Tokens the models see at a time.
+        batch_tokens: Tokens of a forward pass.
+    """
+    if reference.config.vocab_size != other.config.vocab_size:
+        raise LlameroError(
+            f"vocabularies of {reference.config.vocab_size} and {other.config.vocab_size} cannot be compared"
+        )
+    for model in (reference, other):
+        _check_window(model, ids, window, window)
+    windows = [_Window(start, min(start + window, len(ids)), start) for start in range(0, len(ids), window)]
+    per_pass = max(1, batch_tokens // window)
+    kl, same = torch.zeros((), dtype=torch.float64), 0
+    with progress.Line("compare", total=len(windows), unit="windows") as line:
+        for begin in range(0, len(windows), per_pass):
+            batch = windows[begin : begin + per_pass]
+            part, equal = _divergence(reference, other, ids, batch)
+            if part.isnan():
+                raise LlameroError("NaN among the logits", where=f"windows {begin} to {begin + len(batch) - 1}")
+            kl, same = kl + part, same + equal
+            line.advance(len(batch))
+    return Agreement(float(kl) / len(ids), same / len(ids), len(ids))
+
+
+def _divergence(
+    reference: Llama, other: Llama, ids: Sequence[int], batch: Sequence[_Window]
+) -> tuple[Float[Tensor, ""], int]:
+    """Return the sum of KL over the positions of some windows, and at how many the favourites agree."""
+    ours, theirs = _windows_hidden(reference, ids, batch), _windows_hidden(other, ids, batch)
+    rows = max(1, LOGITS // reference.config.vocab_size)
+    total, same = torch.zeros((), dtype=torch.float64), 0
+    for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
+        p = reference.lm_head(a).float().log_softmax(-1)
+        q = other.lm_head(b).float().log_softmax(-1).to(p.device)
+        total += (p.exp() * (p - q)).sum(-1).double().sum().cpu()
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return total, same
