@@ -1,0 +1,79 @@
+"""The table of quantized files: what each is, how well it was measured, and what reads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llamero.publish.markdown import NOTHING, size, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from llamero.publish.measurements import Series
+    from llamero.publish.release import Variant
+
+_ORDERS = {"none": "No", "static": "Static", "desc": "Yes"}
+
+
+def _vllm(variant: Variant) -> bool:
+    """4 or 8 bits, symmetric, no groups in the order of activation, and group sizes that its kernels have."""
+    grouped = variant.group_size != -1
+    return (
+        variant.bits in (4, 8)
+        and variant.sym
+        and variant.group_size in (-1, 32, 64, 128)
+        and not (variant.actorder == "desc" and grouped)
+    )
+
+
+VLLM = "vLLM"
+
+READERS: dict[str, Callable[[Variant], bool]] = {
+    "llamero": lambda variant: True,
+    "Transformers": lambda variant: True,
+    VLLM: _vllm,
+    "ExLlamaV2": lambda variant: variant.bits == 4,
+}
+"""Programs that read GPTQ files, and which of them each accepts."""
+
+
+def readers(variant: Variant) -> list[str]:
+    """Return the programs that accept a variant."""
+    return [name for name, accepts in READERS.items() if accepts(variant)]
+
+
+def provided_files(
+    variants: Sequence[Variant],
+    measured: Sequence[Series],
+    *,
+    link: Callable[[Variant], str],
+    original: tuple[str, str, str, int],
+) -> str:
+    """Return the table.
+
+    Args:
+        variants: The quantized models.
+        measured: What the table prints beside them.
+        link: Markdown of a branch.
+        original: Label, name in results, dtype and size in bytes of the unquantized model.
+    """
+    columns = [(title, metric, part) for part in measured for title, metric in part.columns]
+    header = ["Branch", "Bits", "GS", "Act Order", "Damp %", "Calibration", "Seq Len", "Size"]
+    label, name, dtype, num_bytes = original
+    rows = [
+        [link(v), *_how(v), size(v.size_bytes), *(p.cell(v.name, m) for _, m, p in columns), ", ".join(readers(v))]
+        for v in variants
+    ]
+    first = [label, dtype, *[NOTHING] * 5, size(num_bytes), *(p.cell(name, m) for _, m, p in columns), NOTHING]
+    return table([*header, *(title for title, _, _ in columns), "Loads in"], [first, *rows])
+
+
+def _how(variant: Variant) -> list[str]:
+    """Return bits, group size, order, damping, calibration text and sequence length."""
+    group = "row" if variant.group_size == -1 else str(variant.group_size)
+    if variant.method == "rtn":
+        return [str(variant.bits), group, NOTHING, NOTHING, "none: rounded to nearest", NOTHING]
+    damp = NOTHING if variant.damp is None else f"{variant.damp:g}"
+    calibration = f"{variant.calibration['source']}, {variant.tokens:,} tokens"
+    sequence = str(variant.calibration["sequence"])
+    return [str(variant.bits), group, _ORDERS[variant.actorder], damp, calibration, sequence]

@@ -1,0 +1,109 @@
+"""What cards say of training: stages, data, what was left out, and the ancestry of every model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from llamero.publish.markdown import NOTHING, count, fence, plural, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from llamero.core.artifact import Artifact
+    from llamero.engine.stage import StageConfig
+    from llamero.publish.release import ReleaseInputs, TrainedStage
+
+DIGITS = 12
+SPLITS = ("train", "val")
+
+STAGE_COLUMNS = (
+    "Stage", "Objective", "Mixture", "Steps", "Tokens", "Supervised tokens", "Sequence", "Batch",
+    "Learning rate", "Optimizer", "Loss, last step",
+)  # fmt: skip
+
+
+class Mixture(NamedTuple):
+    """Data that was trained on."""
+
+    name: str
+    statistics: str
+    """In code blocks, one for each split that has samples."""
+
+
+def stage_table(stages: Sequence[TrainedStage]) -> str:
+    """Return what was trained how, a row for each stage."""
+    validated = any(stage.artifact.summary["validation_loss"] is not None for stage in stages)
+    header = [*STAGE_COLUMNS, *(["Validation loss"] if validated else [])]
+    return table(header, [_stage_row(stage, validated=validated) for stage in stages], left=3)
+
+
+def _stage_row(stage: TrainedStage, *, validated: bool) -> list[str]:
+    config, said = stage.config, stage.artifact.summary
+    validation = said["validation_loss"]
+    row = [stage.name, config.objective, config.mixture, count(said["steps"]), count(said["tokens"])]
+    row += [count(said["supervised_tokens"]), count(config.sequence), plural(config.batch, "row")]
+    row += [_schedule(config), _optimizer(config), f"{said['loss']:.4f}"]
+    return row + ([NOTHING if validation is None else f"{validation:.4f}"] if validated else [])
+
+
+def _schedule(config: StageConfig) -> str:
+    lr = f"{config.lr:g}" if config.schedule == "constant" else f"{config.lr:g} → {config.min_lr:g}"
+    return f"{lr}, {config.schedule}" + (f", warm-up {plural(config.warmup, 'step')}" if config.warmup else "")
+
+
+def _optimizer(config: StageConfig) -> str:
+    first, second = config.betas
+    clip = f", clip {config.clip:g}" if config.clip else ""
+    return f"AdamW, β {first:g}/{second:g}, ε {config.eps:g}, weight decay {config.weight_decay:g}{clip}"
+
+
+def packing_notes(stages: Sequence[TrainedStage]) -> list[str]:
+    """Return, for each stage, how its samples were packed and what was left out of them."""
+    return [_packing(stage.name, stage.config, stage.artifact.summary["packing"]) for stage in stages]
+
+
+def _packing(name: str, config: StageConfig, packing: Mapping[str, float]) -> str:
+    what = f"{plural(int(packing['documents']), 'sample')} in {plural(int(packing['rows']), 'row')}"
+    filled = f"{what} of {count(config.sequence)} tokens, {packing['fill']:.1%} of them filled"
+    lost = list(_lost(packing))
+    return f"**{name}**: {filled}; {', '.join(lost) if lost else 'none was dropped, cut or split'}."
+
+
+def _lost(packing: Mapping[str, float]) -> Iterator[str]:
+    numbers = {key: int(value) for key, value in packing.items() if key != "fill"}
+    if numbers["dropped"]:
+        yield f"{count(numbers['dropped'])} dropped (too long, or nothing to learn)"
+    if numbers["too_short"]:
+        yield f"{count(numbers['too_short'])} left out as shorter than two tokens"
+    if numbers["truncated"]:
+        yield f"{count(numbers['truncated'])} cut, which lost {plural(numbers['truncated_tokens'], 'token')}"
+    if numbers["split"]:
+        yield f"{count(numbers['split'])} split into several"
+    if numbers["pieces_without_target"]:
+        yield f"{plural(numbers['pieces_without_target'], 'piece')} with nothing to learn left out"
+
+
+def mixtures(data: Sequence[Artifact]) -> list[Mixture]:
+    """Return the statistics of every mixture, as its making printed them."""
+    return [Mixture(str(each.summary["mixture"]), "\n\n".join(_statistics(each))) for each in data]
+
+
+def _statistics(data: Artifact) -> Iterator[str]:
+    for split in SPLITS:
+        if data.summary[split]["total"]["processed"]:
+            yield fence((data.path / f"{split}_stats.txt").read_text(encoding="utf-8").strip("\n"))
+
+
+def ancestry_table(inputs: ReleaseInputs) -> str:
+    """Return the digest of every artifact and of what it was made from."""
+    artifacts = [*inputs.data, *inputs.stages, *inputs.variants]
+    if not inputs.stages:
+        artifacts.insert(0, inputs.model)
+    known = {artifact.digest: artifact.stage for artifact in artifacts}
+    rows = [[a.stage, f"`{a.digest[:DIGITS]}`", ", ".join(_parents(a.parents, known)) or NOTHING] for a in artifacts]
+    return table(["Artifact", "Digest", "Made from"], rows, left=3)
+
+
+def _parents(parents: Mapping[str, str], known: Mapping[str, str]) -> Iterator[str]:
+    for role, digest in parents.items():
+        yield f"{role}: {known[digest]}" if digest in known else f"{role}: `{digest[:DIGITS]}`"
