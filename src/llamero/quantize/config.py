@@ -39,6 +39,7 @@ class QuantizeConfig(Strict):
     variants: tuple[str, ...] = Field(min_length=1)
     """Names such as `gptq-4bit-128g-actorder_True`: method, bits, group size (-1: whole row), order of activation."""
     calibration: Calibration
+    """The text to look at."""
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Added to the diagonal of the second moments, as a fraction of its mean; raised, and reported, if too little."""
     sym: bool = True

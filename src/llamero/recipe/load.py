@@ -52,8 +52,8 @@ def _apply(value: Any, override: str) -> None:
 def _step(value: Any, key: str, override: str) -> Any:
     if isinstance(value, list):
         return value[_index(value, key, override)]
-    if not isinstance(value, dict):
-        raise LlameroError(f"`--set {override}`: there is nothing at `{key}`")
+    if not isinstance(value, dict) or not isinstance(value.get(key, {}), dict | list):
+        raise LlameroError(f"`--set {override}`: there is nothing below `{key}`")
     return value.setdefault(key, {})
 
 
@@ -73,27 +73,27 @@ def _index(items: list[Any], key: str, override: str) -> int:
 def _explain(error: ValidationError, source: Source) -> LlameroError:
     """Return the first problem with its line, key, value and way out, and how many there are."""
     problems = error.errors(include_url=False)
-    first = problems[0]
-    place = first["loc"]
-    key = ".".join(_keys(place, source.value)) or "recipe"
+    # a mistyped key makes two errors, of which "missing" says less
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    context = first.get("ctx", {})
+    place: tuple[str | int, ...] = context.get("place", first["loc"])
     text = first["msg"].removeprefix("Value error, ")
     text = text[:1].lower() + text[1:]
-    got = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
-    fix = None
+    got = "" if isinstance(first["input"], dict | list | BaseModel) else f" (got {first['input']!r})"
+    fix: str | None = context.get("fix")
     if first["type"] == "extra_forbidden":
-        text = "unknown key"
-        fix = _nearest_key(place)
+        text, fix = "unknown key", _nearest_key(place)
     elif first["type"] == "union_tag_invalid":
-        context = first["ctx"]
-        text, got = f"unknown {context['discriminator']} `{context['tag']}`", ""
+        text = f"unknown {context['discriminator']} `{context['tag']}`"
         fix = did_you_mean(context["tag"], [name.strip(" '") for name in context["expected_tags"].split(",")])
     elif first["type"] == "missing" and place:
         fix = f"add `{place[-1]}`"
+    key = ".".join(_keys(place, source.value)) or "recipe"
     more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
     return LlameroError(f"{key}: {text}{got}{more}", where=f"{source.path}:{source.line(place)}", fix=fix)
 
 
-def _keys(place: tuple[str | int, ...], value: Any) -> list[str]:
+def _keys(place: Sequence[Any], value: Any) -> list[str]:
     """Return the parts of a location that are the file's own keys; the schema adds the names of kinds."""
     keys: list[str] = []
     for number, part in enumerate(place):
@@ -136,3 +136,11 @@ def _models_at(annotation: Any, place: tuple[str | int, ...]) -> Iterator[type[B
     elif arguments and place:
         for argument in arguments[-1:]:
             yield from _models_at(argument, place[1:])
+
+
+def models_within(annotation: Any) -> set[type[BaseModel]]:
+    """Return every config class that a recipe is made of; the reference page and its test walk them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.values()
+        return {annotation}.union(*(models_within(field.annotation) for field in fields))
+    return set[type[BaseModel]]().union(*(models_within(argument) for argument in typing.get_args(annotation)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from llamero.core.config import Strict
 from llamero.core.errors import did_you_mean
@@ -16,6 +17,12 @@ from llamero.publish.config import PublishConfig
 from llamero.quantize.config import QuantizeConfig
 from llamero.train.config import ShapeConfig
 
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+
+Place = tuple[str | int, ...]
+
 
 class ScratchConfig(Strict):
     """A base that does not exist yet: its shape, and the tokenizer to train for it."""
@@ -26,12 +33,18 @@ class ScratchConfig(Strict):
     """Its tokenizer."""
 
 
+def _base_kind(value: Any) -> str:
+    return "ScratchConfig" if isinstance(value, dict | ScratchConfig) else "Model"
+
+
 class Recipe(Strict):
     """A release."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the release and of its model."""
-    base: str | ScratchConfig
+    base: Annotated[
+        Annotated[str, Tag("Model")] | Annotated[ScratchConfig, Tag("ScratchConfig")], Discriminator(_base_kind)
+    ]
     """Model to start from: a directory relative to the recipe, `owner/name[:revision]` of the hub, or a shape."""
     template: str = "auto"
     """Chat template: orca-hashes, alpaca, chatml, llama-2, llama-3, vicuna, plain, or auto for the base's own."""
@@ -52,30 +65,38 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        stages: list[str] = []
-        for stage in self.train:
-            _known(stage.mixture, self.data.mixtures, f"stage `{stage.name}` learns from mixture")
+        mixtures, stages = self.data.mixtures, list[str]()
+        for number, stage in enumerate(self.train):
+            place = ("train", number)
+            _known(stage.mixture, mixtures, (*place, "mixture"), "mixture")
             if stage.init_from is not None:
-                _known(stage.init_from, stages, f"stage `{stage.name}` starts from stage")
+                _known(stage.init_from, stages, (*place, "init_from"), "earlier stage")
             if stage.name in {*stages, "base", "final", "variants"}:
-                raise ValueError(f"the stage name `{stage.name}` is taken; give each stage its own")
+                raise _wrong((*place, "name"), f"the name `{stage.name}` is taken", "give each stage its own name")
             stages.append(stage.name)
         if isinstance(self.base, ScratchConfig):
-            _known(self.base.vocabulary.mixture, self.data.mixtures, "the tokenizer is trained on mixture")
+            _known(self.base.vocabulary.mixture, mixtures, ("base", "vocabulary", "mixture"), "mixture")
             if not stages:
-                raise ValueError("a base that does not exist yet needs a training stage")
+                raise _wrong(("base",), "a base that does not exist yet needs a training stage", "add `train:`")
         if self.quantize and self.quantize.calibration.mixture is not None:
-            _known(self.quantize.calibration.mixture, self.data.mixtures, "calibration uses mixture")
-        models = {*stages, "base", "final", "variants", *(self.quantize.variants if self.quantize else ())}
-        for task in self.evaluate:
-            for model in task.models:
-                _known(model, models, f"`{task.tasks}` measures model")
-            for mixture in task.validation if isinstance(task, PerplexityTask) else ():
-                _known(mixture, self.data.mixtures, "perplexity reads mixture")
+            _known(self.quantize.calibration.mixture, mixtures, ("quantize", "calibration", "mixture"), "mixture")
+        self._measured_models_are_known(stages)
         return self
 
+    def _measured_models_are_known(self, stages: Sequence[str]) -> None:
+        models = {*stages, "base", "final", "variants", *(self.quantize.variants if self.quantize else ())}
+        for number, task in enumerate(self.evaluate):
+            for model in task.models:
+                _known(model, models, ("evaluate", number, "models"), "model")
+            for mixture in task.validation if isinstance(task, PerplexityTask) else ():
+                _known(mixture, self.data.mixtures, ("evaluate", number, "validation"), "mixture")
 
-def _known(name: str, names: object, who: str) -> None:
-    known = set(names)  # type: ignore[call-overload]
-    if name not in known:
-        raise ValueError(f"{who} `{name}`, which does not exist; {did_you_mean(name, known) if known else 'none does'}")
+
+def _known(name: str, names: Collection[str], place: Place, what: str) -> None:
+    if name not in names:
+        raise _wrong(place, f"there is no {what} `{name}`", did_you_mean(name, names) if names else f"add a {what}")
+
+
+def _wrong(place: Place, problem: str, fix: str) -> PydanticCustomError:
+    """Return an error about two parts of a recipe that do not fit, with the place of the one to mend."""
+    return PydanticCustomError("recipe_rule", "{problem}", {"problem": problem, "place": place, "fix": fix})
