@@ -52,9 +52,8 @@ class Variant:
         dead = [m["dead_channels"] for m in self.modules if m["dead_channels"]]
         found = [f"{plural(len(raised), 'layer')} needed more damping, up to {max(raised):g}"] if raised else []
         if dead:
-            found.append(
-                f"{plural(sum(dead), 'input channel')} of {plural(len(dead), 'layer')} had only zeros as calibration input"
-            )
+            channels, layers = plural(sum(dead), "input channel"), plural(len(dead), "layer")
+            found.append(f"{channels} of {layers} had only zeros as calibration input")
         return found
 
 
