@@ -90,7 +90,7 @@ def test_an_override_reaches_a_list_item_by_name_or_number(write):
     [
         ("train.lmm.lr=1", "no item `lmm`", "did you mean `lm`?"),
         ("seed", "is not key=value", "write for example --set train.sft.lr=1e-5"),
-        ("seed.x.y=1", "there is nothing", None),
+        ("name.x.y=1", "there is nothing", None),
     ],
 )
 def test_a_wrong_override_is_refused(write, override, problem, fix):
