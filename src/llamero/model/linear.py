@@ -46,8 +46,9 @@ class PackedLinear(nn.Module):
         work = torch.promote_types(dtype, torch.float32)
         group = self.g_idx.long()
         zeros = gptq.decode_zeros(self.qzeros, self.layout.bits, offset=self.layout.zero_offset)
-        steps = gptq.unpack(self.qweight, self.layout.bits).to(work) - zeros.to(work)[group]  # (d, out)
-        return (steps * self.scales.to(work)[group]).to(dtype).T
+        weight = gptq.unpack(self.qweight, self.layout.bits).to(work)  # (d, out)
+        weight.sub_(zeros.to(work).index_select(0, group)).mul_(self.scales.to(work).index_select(0, group))
+        return weight.to(dtype).T
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """Return the plain layer that this one stands for."""

@@ -51,14 +51,10 @@ def factorize(h: Float[Tensor, "d d"], *, by_activation: bool, damp: float, wher
     order = torch.arange(len(h), device=h.device)
     if by_activation:
         order = diagonal.argsort(descending=True, stable=True)
-    ordered = h[order][:, order]
-    ordered.diagonal().add_(dead[order] * mean)
     used = damp
     for attempt in range(ESCALATIONS):
         used = damp * 10**attempt
-        damped = ordered.clone()
-        damped.diagonal().add_(used * mean)
-        u = _inverse_factor(damped)
+        u = _inverse_factor(h, order, added=dead * mean + used * mean)
         if u is not None:
             return Factor(u, order, dead, used)
     raise LlameroError(
@@ -68,18 +64,28 @@ def factorize(h: Float[Tensor, "d d"], *, by_activation: bool, damp: float, wher
     )
 
 
-def _inverse_factor(h: Tensor) -> Tensor | None:
-    """Return upper triangular `u` with `u.T @ u = inverse(h)`, or `None` where `h` is not positive definite.
+def _inverse_factor(h: Tensor, order: Tensor, *, added: Tensor) -> Tensor | None:
+    """Return upper triangular `u` with `u.T @ u` the inverse of `h` in another order, or `None` where there is none.
 
-    With rows and columns reversed, `h = l @ l.T` reads `h = r @ r.T` with `r` upper triangular; `u` is its
-    inverse. That takes one Cholesky factorization where inverting first would take two.
+    With rows and columns reversed, the inverse of the Cholesky factor is `u`, reversed: one factorization
+    where inverting first would take two. At most two matrices of the size of `h` are held beside it.
+
+    Args:
+        h: Symmetric matrix.
+        order: Of its rows and columns.
+        added: To the diagonal of `h`.
     """
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+    back = order.flip(0)
+    damped = h[back[:, None], back]
+    damped.diagonal().add_(added[back])
+    lower, info = torch.linalg.cholesky_ex(damped)
+    del damped
     if int(info) != 0:
         return None
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    u = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return u if bool(u.isfinite().all()) else None
+    inverse = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1) if bool(inverse.isfinite().all()) else None
 
 
 def quantize(
