@@ -365,6 +365,30 @@ def _sampling(
     )
 
 
+@app.command
+def watch(
+    run_dir: Annotated[Path, Parameter(help="Run directory, for example runs/quickstart.")],
+    *,
+    to: Literal["tensorboard", "wandb"] = "tensorboard",
+    follow: bool = False,
+) -> None:
+    """Show the training curves of a run in TensorBoard or Weights & Biases.
+
+    Parameters
+    ----------
+    to
+        Where to show them; TensorBoard files go to RUN/tensorboard.
+    follow
+        Keep looking for new steps until Ctrl-C.
+    """
+    from llamero.engine.watch import watch as show
+
+    steps = show(run_dir, to, follow=follow)
+    out.print(f"{steps} steps shown")
+    if to == "tensorboard":
+        out.print(f"look at them: tensorboard --logdir {run_dir / 'tensorboard'}")
+
+
 # -- what people see
 
 
@@ -474,3 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         err.print("stopped. Finished stages are kept; run the same command again to go on.", highlight=False)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

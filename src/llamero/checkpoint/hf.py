@@ -135,7 +135,10 @@ def read_header(path: Path) -> dict[str, Spec]:
         size = path.stat().st_size
         if length > size - 8:
             raise LlameroError(f"truncated safetensors file ({size} bytes)", where=path, fix="download it again")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise LlameroError(f"broken safetensors header: {error}", where=path, fix="download it again") from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:

@@ -1,0 +1,159 @@
+"""The whole way: real runs of the command line, twice."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, llamero, start
+
+
+def contents(run):
+    """Return the digest-named artifacts of a run and the bytes of their files, logs of time left out."""
+    found = {}
+    for path in sorted(run.glob("*-*/**/*")):
+        if path.is_file() and path.name != "metrics.jsonl" and ".partial" not in str(path):
+            found[str(path.relative_to(run))] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return an uninterrupted run of the small recipe."""
+    from conftest import SMALL
+
+    directory = tmp_path_factory.mktemp("whole")
+    (directory / "small.yaml").write_text(SMALL)
+    llamero("run", directory / "small.yaml", "--out", directory / "run")
+    return directory / "run"
+
+
+def test_a_second_run_has_nothing_to_do(whole):
+    before = contents(whole)
+    said = llamero("run", whole.parent / "small.yaml", "--out", whole)
+    assert "nothing to do" in said
+    assert contents(whole) == before
+
+
+def test_a_changed_key_redoes_exactly_what_depends_on_it(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    before = {path.name for path in run.glob("*-*")}
+    llamero("run", whole.parent / "small.yaml", "--out", run, "--set", "train.sft.lr=5e-4")
+    new = sorted(re.sub(r"-[0-9a-f]{12}$", "", path.name) for path in run.glob("*-*") if path.name not in before)
+    assert new == sorted(
+        [
+            "train-sft",
+            "gptq-4bit-32g-actorder_True",
+            "rtn-4bit-32g",
+            "evaluate-toy_world-sft",
+            "evaluate-toy_world-gptq-4bit-32g-actorder_True",
+            "evaluate-toy_world-rtn-4bit-32g",
+            "evaluate-perplexity-sft",
+            "evaluate-perplexity-gptq-4bit-32g-actorder_True",
+            "evaluate-perplexity-rtn-4bit-32g",
+            "release",
+        ]
+    )
+
+
+def test_what_does_not_decide_the_result_redoes_nothing(whole):
+    said = llamero(
+        "run", whole.parent / "small.yaml", "--out", whole, "--set", "train.sft.save_every=7", "--set", "parallel.device=cpu"
+    )
+    assert "nothing to do" in said
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment_and_run_again_ends_in_the_same_bytes(whole, recipe, tmp_path, seed):
+    draw, run = random.Random(seed), tmp_path / "run"
+    for _ in range(3):
+        process = start("run", recipe, "--out", run)
+        time.sleep(draw.uniform(1.0, 9.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    llamero("run", recipe, "--out", run)
+    assert contents(run) == contents(whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(whole, recipe, tmp_path):
+    run = tmp_path / "run"
+    process = start("run", recipe, "--out", run, "--set", "train.lm.steps=4000")
+    deadline = time.monotonic() + 120
+    while not list(run.glob("train-lm-*.partial/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "is saved after step" in said
+    assert "Run the same command again" in said
+    assert list(run.glob("train-lm-*.partial/checkpoints/step-*"))
+
+
+def test_two_runs_at_once_do_not_harm_each_other(whole, recipe, tmp_path):
+    run = tmp_path / "run"
+    first = start("run", recipe, "--out", run)
+    time.sleep(0.5)
+    second = start("run", recipe, "--out", run)
+    said = [process.communicate(timeout=300)[0] for process in (first, second)]
+    codes = sorted(process.returncode for process in (first, second))
+    assert codes in ([0, 2], [0, 0])  # the slower one may find the faster one finished
+    if codes == [0, 2]:
+        assert any("another run is at work here" in text for text in said)
+    assert contents(run) == contents(whole)
+
+
+def test_the_release_has_everything(whole):
+    release = whole / "release"
+    card = (release / "small" / "README.md").read_text()
+    for text in ("license: apache-2.0", "<|im_start|>", "gptq-4bit-32g-actorder_True", "Perplexity", "sft"):
+        assert text.lower() in card.lower()
+    assert (release / "small" / "model.safetensors").exists()
+    assert (release / "small-GPTQ" / "gptq-4bit-32g-actorder_True" / "quantize_config.json").exists()
+
+
+def test_the_release_can_be_talked_to_and_measured(whole):
+    model = whole / "release" / "small"
+    said = llamero("generate", model, "Hello!", "--max-new-tokens", "5", "--temperature", "0")
+    assert said
+    quantized = whole / "release" / "small-GPTQ" / "gptq-4bit-32g-actorder_True"
+    said = llamero("evaluate", quantized, "--tasks", "toy_world")
+    assert "accuracy" in said
+
+
+def accuracies(run):
+    found = {}
+    for path in run.glob("evaluate-toy_world-*/results.json"):
+        for result in json.loads(path.read_text())["results"]:
+            found[result["model"]] = result["metrics"]
+    return found
+
+
+def test_the_quickstart_learns_its_world():
+    """Run in the directory that `make quickstart` uses, so that what it made counts as the first of two runs."""
+    recipe = Path("recipes/quickstart.yaml")
+    llamero("run", recipe)
+    said = llamero("run", recipe)
+    assert "nothing to do" in said
+    found = accuracies(ROOT / "runs" / "quickstart")
+    assert found["pretrain"]["accuracy"] <= 0.40
+    assert found["polish"]["accuracy"] >= 0.80
+    assert found["gptq-4bit-128g-actorder_True"]["accuracy"] >= 0.70
+
+
+def test_tinystories_goes_the_whole_way_on_real_files(shared, tmp_path):
+    run = tmp_path / "run"
+    recipe = ROOT / "recipes" / "tinystories-alpaca.yaml"
+    text = recipe.read_text().replace("../../shared", str(shared))
+    (tmp_path / "tinystories.yaml").write_text(text)
+    llamero("run", tmp_path / "tinystories.yaml", "--out", run)
+    assert "nothing to do" in llamero("run", tmp_path / "tinystories.yaml", "--out", run)
+    card = (run / "release" / "tinystories-alpaca" / "README.md").read_text()
+    for text in ("WikiText-2 test", "TinyStories", "ARC", "HellaSwag", "MMLU", "TruthfulQA"):
+        assert text.lower() in card.lower()
