@@ -74,10 +74,11 @@ def read(path: Path) -> Artifact:
     """Return a finished artifact."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, FileNotFoundError) as error:
-        raise LlameroError(f"not an artifact: {error}", where=path / MANIFEST, fix="remove the directory") from error
-    keys = ("kind", "stage", "digest", "config", "parents", "summary")
-    return Artifact(path, **{key: manifest[key] for key in keys})
+        keys = ("kind", "stage", "digest", "config", "parents", "summary")
+        return Artifact(path, **{key: manifest[key] for key in keys})
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+        problem = f"no `{error.args[0]}` in it" if isinstance(error, KeyError) else str(error)
+        raise LlameroError(f"not an artifact: {problem}", where=path / MANIFEST, fix="remove the directory") from error
 
 
 class Build:
@@ -90,11 +91,19 @@ class Build:
 
 @contextmanager
 def build(root: Path, identity: Identity) -> Iterator[Build]:
-    """Make an artifact: on a clean exit it is whole under its final name, on any other its partial stays."""
+    """Make an artifact: on a clean exit it is whole under its final name, on any other its partial stays.
+
+    Raises:
+        LlameroError: The disk is full, or something that is no artifact has the final name.
+    """
     final = identity.path(root)
+    if final.exists():  # else the rename at the end would fail, when all the work is done
+        raise LlameroError(
+            f"its place is taken by something without a finished `{MANIFEST}`", where=final, fix="remove it"
+        )
     partial = final.with_name(final.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
     with files.disk_errors_named(partial):
+        partial.mkdir(parents=True, exist_ok=True)
         work = Build(partial)
         yield work
         manifest = {

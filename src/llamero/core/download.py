@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from llamero.core import files
 from llamero.core.errors import LlameroError
 
 _HUB = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<revision>[\w./-]+))?$")
@@ -31,8 +32,8 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whatever network library the hub's uses)
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -58,7 +59,13 @@ def _download(repo: str, revision: str | None) -> Path:
             where=name,
             fix="check the spelling; for a private model `hf auth login`",
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise LlameroError(
+            f"neither a directory here nor a possible name on the hub ({str(error).splitlines()[0]})", where=name
+        ) from error
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and files.is_disk_full(error):
+            raise files.no_room(error, name) from error
         raise LlameroError(
             f"not a directory here, and neither the hub nor its cache answers ({type(error).__name__})",
             where=name,

@@ -21,11 +21,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that no reader ever sees half of."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # on a full disk a half-written file would only be in the way
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -35,7 +38,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync(directory: Path) -> None:
     """Force the files of a directory to disk, so that a rename after it is not ahead of them."""
-    for path in [*directory.rglob("*"), directory]:
+    found = [path for path in directory.rglob("*") if not path.is_symlink()]
+    for path in [*found, directory]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -49,13 +53,23 @@ def disk_errors_named(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_disk_full(error):
             raise
-        raise LlameroError(
-            f"no room to write ({error.strerror}); what was finished before is kept",
-            where=where,
-            fix="free some space and run the same command again: it goes on where it stopped",
-        ) from error
+        raise no_room(error, where) from error
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Return whether there was no room to write: no space, a quota, or a limit on file sizes."""
+    return error.errno in _FULL
+
+
+def no_room(error: OSError, where: Path | str) -> LlameroError:
+    """Return what to tell the user of a full disk."""
+    return LlameroError(
+        f"no room to write ({error.strerror}); what was finished before is kept",
+        where=where,
+        fix="free some space and run the same command again: it goes on where it stopped",
+    )
 
 
 def sha256(path: Path) -> str:
@@ -67,6 +81,15 @@ def sha256(path: Path) -> str:
 def canonical(value: Any) -> str:
     """Return the one JSON text of a value, for digests."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _counts(path: Path, directory: Path) -> bool:
+    """Return whether a file belongs to a directory's content.
+
+    Hidden files and folders are tools' own (.git, .cache), and a README does not change what a model computes.
+    """
+    hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+    return not hidden and path.suffix != ".md" and path.is_file()
 
 
 class ContentDigests:
@@ -85,11 +108,7 @@ class ContentDigests:
         if not path.exists():
             raise LlameroError("no such file or directory", where=path)
         if path.is_dir():
-            # hidden files are tools' own (.git, .cache); a README does not change what a model computes
-            files = sorted(
-                p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"
-            )
-            parts = {str(p.relative_to(path)): self(p) for p in files}
+            parts = {str(p.relative_to(path)): self(p) for p in sorted(path.rglob("*")) if _counts(p, path)}
             return hashlib.sha256(canonical(parts).encode()).hexdigest()
         stat = path.stat()
         key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]

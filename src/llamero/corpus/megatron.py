@@ -27,6 +27,11 @@ def token_dtype(vocab_size: int) -> type[np.integer[Any]]:
     return np.uint16 if vocab_size < SMALL_VOCABULARY else np.int32
 
 
+def _beside(stem: Path, suffix: str) -> Path:
+    """Return the file of a pair; a dot in the stem (`llama3.1-text`) is part of its name."""
+    return stem.with_name(stem.name + suffix)
+
+
 class Writer:
     """Writes documents one by one; `.idx` is written when the block ends without an error.
 
@@ -38,7 +43,7 @@ class Writer:
     def __init__(self, stem: Path, dtype: type[np.integer[Any]]) -> None:
         self._stem = stem
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._bin = stem.with_suffix(".bin").open("wb")
+        self._bin = _beside(stem, ".bin").open("wb")
         self._lengths: list[int] = []
 
     def add(self, values: ArrayLike) -> None:
@@ -56,7 +61,7 @@ class Writer:
         ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
         offsets = np.concatenate(([0], ends[:-1])).astype("<i8") if lengths.size else np.zeros(0, "<i8")
         code = next(code for code, dtype in CODES.items() if np.dtype(dtype) == self._dtype)
-        with self._stem.with_suffix(".idx").open("wb") as file:
+        with _beside(self._stem, ".idx").open("wb") as file:
             file.write(MAGIC + struct.pack("<QBQQ", 1, code, lengths.size, lengths.size + 1))
             file.write(lengths.tobytes() + offsets.tobytes() + np.arange(lengths.size + 1, dtype="<i8").tobytes())
 
@@ -74,7 +79,7 @@ class Reader(Sequence[NDArray[np.integer[Any]]]):
     """The documents of a `.bin`/`.idx` pair, read through memory maps."""
 
     def __init__(self, stem: Path) -> None:
-        idx, data = stem.with_suffix(".idx"), stem.with_suffix(".bin")
+        idx, data = _beside(stem, ".idx"), _beside(stem, ".bin")
         for path in (idx, data):
             if not path.exists():
                 raise LlameroError("file of a tokenized dataset is missing", where=path)
@@ -93,6 +98,9 @@ class Reader(Sequence[NDArray[np.integer[Any]]]):
             raise LlameroError(f"the index promises {expected} bytes, the file has {data.stat().st_size}", where=data)
         self._data = np.memmap(data, dtype, "r") if expected else np.zeros(0, dtype)
         self._starts = self.offsets // dtype.itemsize
+        ends = self.offsets + self.lengths.astype(np.int64) * dtype.itemsize
+        if count and (self.lengths.min() < 0 or self.offsets.min() < 0 or ends.max() > expected):
+            raise LlameroError("broken Megatron index: a document lies outside the data", where=idx)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -6,6 +6,7 @@ the key and the value; whether it stops everything or is counted and skipped is 
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,19 +43,20 @@ class BadRowError(ValueError):
 
 def _text(row: Row, *keys: str, optional: bool = False) -> str:
     """Return the text under the first of `keys` that the row has."""
-    for key in keys:
-        if key in row and row[key] is not None:
-            value = row[key]
-            if not isinstance(value, str):
-                raise BadRowError(f"`{key}` must be text, is {_short(value)}")
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise BadRowError(f"`{key}` holds half a character (lone surrogate) at {error.start}") from error
-            return value
-    if optional:
-        return ""
-    raise BadRowError(f"key `{keys[0]}` is missing; the row has {', '.join(row) or 'no keys'}")
+    found = [key for key in keys if row.get(key) is not None]
+    if not found:
+        if optional:
+            return ""
+        what = "null" if keys[0] in row else "missing"
+        raise BadRowError(f"`{keys[0]}` is {what}; the row has {', '.join(row) or 'no keys'}")
+    key, value = found[0], row[found[0]]
+    if not isinstance(value, str):
+        raise BadRowError(f"`{key}` must be text, is {_short(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"`{key}` holds half a character (lone surrogate) at {error.start}") from error
+    return value
 
 
 def _short(value: Any) -> str:
@@ -122,7 +124,7 @@ def _chat(row: Row, key: str, *, role_key: str, text_key: str, roles: Mapping[st
         if not isinstance(turn, dict):
             raise BadRowError(f"`{key}.{number}` must be an object, is {_short(turn)}")
         role = turn.get(role_key)
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise BadRowError(f"`{key}.{number}.{role_key}` is {_short(role)}; known: {', '.join(roles)}")
         weight = turn.get("loss_weight", 1)
         if weight not in (0, 1):
@@ -142,7 +144,7 @@ def _content(turn: Row, key: str, where: str) -> str:
     try:
         return _text(turn, key)
     except BadRowError as error:
-        raise BadRowError(f"`{where}`: {error}") from error
+        raise BadRowError(f"{error} (in `{where}`)") from error
 
 
 def text(row: Row) -> Document:
@@ -204,7 +206,8 @@ class Located:
 def rows(path: Path) -> Iterator[Located]:
     """Yield the rows of a JSON, JSONL, Parquet or text file (gzipped or not), or of all such files of a directory.
 
-    A line that cannot be parsed is yielded with its problem; a file that cannot be read on raises.
+    A line that cannot be parsed, or a file without rows, is yielded with its problem; a file that cannot be
+    read on raises.
     """
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if _reader(p) is not None)
@@ -218,7 +221,12 @@ def rows(path: Path) -> Iterator[Located]:
     reader = _reader(path)
     if reader is None:
         raise LlameroError("unknown kind of file", where=path, fix="use .json, .jsonl, .jsonl.gz, .parquet or .txt")
-    yield from reader(path)
+    empty = True
+    for row in reader(path):
+        empty = False
+        yield row
+    if empty:
+        yield Located(str(path), None, "the file has no rows")
 
 
 def _reader(path: Path) -> Callable[[Path], Iterable[Located]] | None:
@@ -244,52 +252,98 @@ def _jsonl(path: Path) -> Iterator[Located]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            yield Located(where, None, f"not JSON: {error}")
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            yield Located(where, None, _not_json(error))
             continue
-        yield Located(where, row) if isinstance(row, dict) else Located(where, None, f"not an object: {_short(row)}")
+        yield _object(where, row)
+
+
+def _object(where: str, row: Any) -> Located:
+    return Located(where, row) if isinstance(row, dict) else Located(where, None, f"not an object: {_short(row)}")
 
 
 def _json(path: Path) -> Iterator[Located]:
-    data = b"".join(line for _, line in _lines(path))
-    try:
-        parsed = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise LlameroError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from error
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise LlameroError(f"not UTF-8: {error.reason}", where=f"{path}:{line}") from error
-    if not isinstance(parsed, list):
+    whole, line, counted = _whole(path), 1, 0
+    if not whole.strip():
+        return
+    if not whole.lstrip().startswith("["):
         raise LlameroError("a list of objects is expected", where=path, fix="use .jsonl for one object a line")
-    for number, row in enumerate(parsed, 1):
-        where = f"{path}:row {number}"
-        yield Located(where, row) if isinstance(row, dict) else Located(where, None, f"not an object: {_short(row)}")
+    try:
+        for start, row in _elements(whole):
+            line, counted = line + whole.count("\n", counted, start), start
+            where = f"{path}:{line}"
+            yield _object(where, row)
+    except json.JSONDecodeError as error:
+        raise LlameroError(_not_json(error), where=f"{path}:{error.lineno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise LlameroError(_not_json(error), where=f"{path}: after line {line}") from error
+
+
+def _elements(whole: str) -> Iterator[tuple[int, Any]]:
+    """Yield the elements of a JSON list, each with the place where it begins."""
+    decoder = json.JSONDecoder()
+    at = _next(whole, _next(whole, 0) + 1)
+    while whole[at : at + 1] != "]":
+        start = at
+        value, at = decoder.raw_decode(whole, at)
+        yield start, value
+        at = _next(whole, at)
+        if whole[at : at + 1] == ",":
+            at = _next(whole, at + 1)
+            if whole[at : at + 1] == "]":
+                raise json.JSONDecodeError("a comma before the end of the list", whole, at)
+        elif whole[at : at + 1] != "]":
+            raise json.JSONDecodeError("no comma after an element of the list", whole, at)
+    at = _next(whole, at + 1)
+    if at < len(whole):
+        raise json.JSONDecodeError("something after the end of the list", whole, at)
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _next(whole: str, at: int) -> int:
+    """Return the place of the next character that is not white space."""
+    found = _SPACE.match(whole, at)
+    return at if found is None else found.end()
+
+
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: {error.reason} at byte {error.start}"
+    return f"not JSON: {error}"
 
 
 def _parquet(path: Path) -> Iterator[Located]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield Located(f"{path}:row {number}", row)
-    except pyarrow.ArrowInvalid as error:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Located(f"{path}:row {number}", row)
+    except (pyarrow.ArrowException, OSError) as error:
         raise LlameroError(f"broken Parquet file: {error}", where=path) from error
 
 
 def _plain(path: Path) -> Iterator[Located]:
-    """A text file is one document, unless blank lines and `<|endoftext|>` marks divide it."""
-    data = b"".join(line for _, line in _lines(path))
-    try:
-        whole = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise LlameroError(f"not UTF-8: {error.reason}", where=f"{path}:{line}") from error
-    for number, part in enumerate(whole.split("<|endoftext|>"), 1):
+    """A text file is one document, unless `<|endoftext|>` marks divide it."""
+    for number, part in enumerate(_whole(path).split("<|endoftext|>"), 1):
         if part.strip():
             yield Located(f"{path}:document {number}", {"text": part.strip("\n")})
+
+
+def _whole(path: Path) -> str:
+    """Return the text of a file."""
+    data = b"".join(line for _, line in _lines(path))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise LlameroError(f"not UTF-8: {error.reason} at byte {error.start}", where=f"{path}:{line}") from error

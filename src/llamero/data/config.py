@@ -62,8 +62,8 @@ class ToyWorldSource(_Source):
 
 
 def _kind(value: Any) -> str:
-    named = value if isinstance(value, dict) else vars(value)
-    return "ToyWorldSource" if "toy_world" in named else "FileSource"
+    toy = "toy_world" in value if isinstance(value, dict) else isinstance(value, ToyWorldSource)
+    return "ToyWorldSource" if toy else "FileSource"
 
 
 SourceConfig = Annotated[

@@ -1,5 +1,6 @@
 """Samples of a source: from rows, or generated; what does not fit is an error or a counted skip."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -63,9 +64,13 @@ class Reading:
                     fix = "mend the row, or set `on_error: skip` to count and skip such rows"
                     raise LlameroError(str(error), where=row.where, fix=fix) from error
 
+    @property
+    def _skips(self) -> bool:
+        return isinstance(self._source, FileSource) and self._source.on_error == "skip"
+
     def skip(self, problem: str) -> bool:
         """Count a faulty sample if the source wants faults skipped; return whether it does."""
-        if not isinstance(self._source, FileSource) or self._source.on_error == "error":
+        if not self._skips:
             return False
         self.skipped[_reason(problem)] += 1
         return True
@@ -74,13 +79,21 @@ class Reading:
         if located.row is None:
             raise BadRowError(located.problem)
         if not self.layout:
-            self.layout = sources.detect(located.row, where=located.where)
+            self.layout = self._detect(located.row, located.where)
         return sources.layout_named(self.layout).read(located.row)
+
+    def _detect(self, row: sources.Row, where: str) -> str:
+        try:
+            return sources.detect(row, where=where)
+        except LlameroError as error:
+            if not self._skips:
+                raise
+            raise BadRowError(error.problem) from error  # the next row may be whole
 
 
 def _reason(problem: str) -> str:
     """Return the part of a message that is the same for all rows of one fault."""
-    return problem.split(", is ")[0].split(": ")[0]
+    return re.sub(r"\.\d+", ".N", re.split(r", is |: |; | at \d| \(in ", problem)[0])
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Located]:

@@ -126,16 +126,19 @@ class _Encoder:
         return list(said.ids), _roles(said), sum(said.learned)
 
     def too_little(self, sample: Sample, supervised: int) -> bool:
-        """Return whether the assistant of a chat says less than the mixture asks for."""
-        return isinstance(sample, Chat) and supervised < max(1, self._least)
+        """Return whether nothing would be learned, or the assistant of a chat says less than the mixture asks for."""
+        return supervised < (max(1, self._least) if isinstance(sample, Chat) else 1)
 
     def _document(self, text: str) -> tuple[list[int], list[int], int]:
         tokenizer = self.tokenizer
         head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         tail = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
         body = tokenizer.encode(text)
-        roles = [Role.TEXT + SCAFFOLD] * len(head) + [int(Role.TEXT)] * (len(body) + len(tail))
-        return head + body + tail, roles, len(body) + len(tail)
+        if not body:
+            return [], [], 0  # the end alone teaches nothing
+        ids = head + body + tail
+        roles = [Role.TEXT + SCAFFOLD] * len(head) + [int(Role.TEXT)] * (len(ids) - len(head))
+        return ids, roles, len(ids) - 1  # the first token follows nothing
 
 
 def _roles(said: Rendered) -> list[int]:
@@ -160,18 +163,20 @@ def _encode_source(
             ids, roles, supervised = encoder(found.sample)
         except LlameroError as error:
             if not reading.skip(error.problem):
-                raise LlameroError(error.problem, where=found.where, fix=error.fix) from error
+                problem = f"{error.where}: {error.problem}" if error.where else error.problem
+                raise LlameroError(problem, where=found.where, fix=error.fix) from error
             continue
-        kept_for_validation += split == "val"
         if encoder.too_little(found.sample, supervised):
             here[split].skipped["too few assistant tokens" if supervised else "nothing to learn"] += 1
             continue
         once_more = _chance(seed, source.source, number, "weight") < source.weight % 1
-        repeats = 1 if split == "val" else int(source.weight) + once_more
-        if repeats == 0:
+        copies = 1 if split == "val" else int(source.weight) + once_more
+        if copies == 0:
             here[split].skipped["left out by weight"] += 1
-        for _ in range(repeats):
-            here[split].add(len(ids), supervised)
+            continue
+        kept_for_validation += split == "val"
+        here[split].add(len(ids), supervised, copies=copies)
+        for _ in range(copies):
             yield split, ids, roles
     here["train"].skipped += reading.skipped
     for part in here.values():

@@ -12,6 +12,9 @@ class SourceStats:
     name: str
     layout: str = ""
     accepted: int = 0
+    """Samples taken, each counted once."""
+    repeated: int = 0
+    """Further copies of them, where a source's weight takes samples more than once."""
     tokens: int = 0
     supervised_tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -24,13 +27,19 @@ class SourceStats:
         """Return samples read."""
         return self.accepted + self.skipped.total()
 
-    def add(self, tokens: int, supervised: int) -> None:
-        """Count an accepted sample."""
+    @property
+    def documents(self) -> int:
+        """Return documents written: samples and their copies."""
+        return self.accepted + self.repeated
+
+    def add(self, tokens: int, supervised: int, *, copies: int = 1) -> None:
+        """Count an accepted sample that is written `copies` times."""
         self.shortest = tokens if self.accepted == 0 else min(self.shortest, tokens)
         self.longest = max(self.longest, tokens)
         self.accepted += 1
-        self.tokens += tokens
-        self.supervised_tokens += supervised
+        self.repeated += copies - 1
+        self.tokens += copies * tokens
+        self.supervised_tokens += copies * supervised
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts."""
@@ -39,12 +48,13 @@ class SourceStats:
             "layout": self.layout,
             "processed": self.processed,
             "accepted": self.accepted,
+            "repeated": self.repeated,
             "skipped": dict(self.skipped),
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "min_tokens": self.shortest,
             "max_tokens": self.longest,
-            "avg_tokens": self.tokens / self.accepted if self.accepted else None,
+            "avg_tokens": self.tokens / self.documents if self.documents else None,
         }
 
 
@@ -53,6 +63,7 @@ def total(parts: list[SourceStats]) -> SourceStats:
     whole = SourceStats("total")
     filled = [part for part in parts if part.accepted]
     whole.accepted = sum(part.accepted for part in parts)
+    whole.repeated = sum(part.repeated for part in parts)
     whole.tokens = sum(part.tokens for part in parts)
     whole.supervised_tokens = sum(part.supervised_tokens for part in parts)
     whole.skipped = sum((part.skipped for part in parts), Counter())
@@ -75,11 +86,12 @@ def text(name: str, parts: list[SourceStats]) -> str:
 def _block(part: SourceStats) -> str:
     processed = max(1, part.processed)
     skipped = part.skipped.total()
-    average = part.tokens / part.accepted if part.accepted else 0.0
+    average = part.tokens / part.documents if part.documents else 0.0
     lines = [
         f"## Stats for '{part.name}' ({part.processed} samples)",
         "-----------------",
         f"  Accepted: {part.accepted}/{part.processed} ({part.accepted / processed:.1%})",
+        *([f"  Repeated: {part.repeated}"] if part.repeated else []),
         f"  Accepted tokens: {part.tokens}",
         f"  Supervised tokens: {part.supervised_tokens}",
         f"  Skipped: {skipped} ({skipped / processed:.1%})",

@@ -88,6 +88,8 @@ class Batches:
         where: str,
     ) -> None:
         self._tokens, self._roles, self._seed, self._where = tokens, roles, seed, where
+        if len(tokens) != len(roles):
+            raise LlameroError(f"{len(tokens)} documents of tokens, {len(roles)} of roles", where=where)
         self.batch = stage.batch
         self._weight = _weights_by_role(stage)
         self.report = Report()
@@ -98,7 +100,10 @@ class Batches:
             raise LlameroError("nothing to learn: no document of this stage is left", where=where)
         self.report.rows = len(self._rows)
         self.report.fill = float(lengths.sum() / (len(self._rows) * stage.sequence))
-        self.steps = stage.steps or math.ceil((stage.epochs or 1) * len(self._rows) / stage.batch)
+        # rounded, because 1.1 × 10 is a little more than 11
+        rows = math.ceil(round((stage.epochs or 1) * len(self._rows), 6)) if stage.steps is None else math.inf
+        self._last_row = rows
+        self.steps = stage.steps or math.ceil(rows / stage.batch)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:
@@ -106,9 +111,9 @@ class Batches:
         return len(self._rows)
 
     def rows_of(self, step: int) -> list[int]:
-        """Return the rows of a step, by its number alone."""
+        """Return the rows of a step, by its number alone; where `epochs` says how many, the last step has the rest."""
         first = step * self.batch
-        return [self._row(index) for index in range(first, first + self.batch)]
+        return [self._row(index) for index in range(first, int(min(first + self.batch, self._last_row)))]
 
     def assemble(self, rows: Sequence[int]) -> Batch:
         """Return the documents of some rows as one batch."""
@@ -144,6 +149,12 @@ class Batches:
         report = self.report
         for number in range(len(self._tokens)):
             roles = np.asarray(self._roles[number])
+            if len(roles) != len(self._tokens[number]):
+                raise LlameroError(
+                    f"document {number} has {len(self._tokens[number])} tokens and {len(roles)} roles",
+                    where=self._where,
+                    fix="tokens and roles are not of one run: tokenize again",
+                )
             report.documents += 1
             if len(roles) < 2:
                 report.too_short += 1
@@ -194,13 +205,13 @@ def split_at_turns(roles: NDArray[np.integer[Any]], limit: int) -> list[tuple[in
     """Return pieces of at most `limit` + 1 tokens.
 
     Plain text is cut where it is full, the last token of a piece being the first of the next, so that
-    every token stays a target. A chat is cut before a turn of the user; a turn that alone is longer
-    than the limit loses its end.
+    every token stays a target. A chat is cut where an assistant has finished and the next question (or its
+    context) begins; a turn that alone is longer than the limit loses its end.
     """
     speaker = roles % SCAFFOLD
     if (speaker == Role.TEXT).all():
         return [(a, min(a + limit + 1, len(roles))) for a in range(0, len(roles) - 1, limit)]
-    starts = [0, *(np.flatnonzero((speaker[1:] == Role.USER) & (speaker[:-1] == Role.ASSISTANT)) + 1).tolist()]
+    starts = [0, *(np.flatnonzero((speaker[1:] != Role.ASSISTANT) & (speaker[:-1] == Role.ASSISTANT)) + 1).tolist()]
     ends = [*starts[1:], len(roles)]
     pieces: list[tuple[int, int]] = []
     for start, end in zip(starts, ends, strict=True):

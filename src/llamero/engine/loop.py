@@ -6,6 +6,7 @@ that accumulating k micro-batches is the same as one batch k times as large.
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,12 @@ def train(
         LlameroError: If the loss is not finite; the last checkpoint is kept.
         Interrupted: After Ctrl-C, when the step in hand is saved.
     """
+    if stage.warmup > batches.steps:
+        raise LlameroError(
+            f"`warmup: {stage.warmup}` is longer than the stage, which has {batches.steps} steps",
+            where=f"stage {stage.name}",
+            fix="lower `warmup`",
+        )
     optimizer = adamw(model, stage)
     checkpoints = directory / "checkpoints"
     first = resume.load(checkpoints, model=model, optimizer=optimizer)
@@ -73,12 +80,13 @@ def train(
             done = step + 1
             last = done == batches.steps
             if validation is not None and (last or (stage.eval_every and done % stage.eval_every == 0)):
-                line["validation_loss"] = run.validate(validation)
+                line["validation_loss"] = run.validate(validation, step)
             metrics.write(line)
             bar.advance(1, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
             if done % stage.save_every == 0 or stop.asked or last:
+                metrics.sync()  # a checkpoint must not outlive the lines before it
                 resume.save(checkpoints, step=done, model=model, optimizer=optimizer)
-            if stop.asked and not last:
+            if stop.asked:
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
     return _outcome(read_lines(directory / "metrics.jsonl"))
 
@@ -114,8 +122,10 @@ class _Run:
             share = self._loss_sum(part) / total_weight
             share.backward()
             loss += share.item()
-        self._refuse_not_finite(loss, step, rows, parts)
         norm = self._clip()
+        if not math.isfinite(loss) or not math.isfinite(norm):  # before the weights take any of it
+            what = f"loss of step {step + 1} is {loss}, its gradient's norm {norm}"
+            raise self._not_finite(what, rows, [number for part in parts for number in part.documents])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens, supervised = sum(len(p.ids) for p in parts), sum(len(p.targets) for p in parts)
@@ -144,26 +154,26 @@ class _Run:
         limit = self.stage.clip or math.inf
         return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
 
-    def _refuse_not_finite(self, loss: float, step: int, rows: list[int], parts: list[Batch]) -> None:
-        if math.isfinite(loss):
-            return
-        documents = sorted({number for part in parts for number in part.documents})
-        raise LlameroError(
-            f"the loss of step {step + 1} is {loss} (rows {_few(rows)}; documents {_few(documents)})",
+    def _not_finite(self, what: str, rows: Sequence[int], documents: Sequence[int]) -> LlameroError:
+        return LlameroError(
+            f"the {what} (rows {_few(rows)}; documents {_few(sorted(set(documents)))})",
             where=f"stage {self.stage.name}",
             fix="lower `lr`, or look at these documents; the last checkpoint before this step is kept",
         )
 
     @torch.no_grad()
-    def validate(self, validation: Batches) -> float:
-        """Return the loss per unit of weight over all validation rows."""
+    def validate(self, validation: Batches, step: int) -> float:
+        """Return the loss per unit of weight over all validation rows; it must be finite."""
         loss = weight = 0.0
         for start in range(0, len(validation), self.micro):
-            part = validation.assemble(range(start, min(start + self.micro, len(validation))))
+            rows = range(start, min(start + self.micro, len(validation)))
+            part = validation.assemble(rows)
             loss += self._loss_sum(part).item()
+            if not math.isfinite(loss):
+                raise self._not_finite(f"validation loss after step {step + 1} is {loss}", rows, part.documents)
             weight += float(part.weights.sum())
         return loss / weight
 
 
-def _few(numbers: list[int]) -> str:
+def _few(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (" …" if len(numbers) > 8 else "")

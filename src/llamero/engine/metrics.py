@@ -1,9 +1,12 @@
 """metrics.jsonl: one line a step, the record that TensorBoard, wandb and the card read."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+
+from llamero.core import files
 
 
 class Metrics:
@@ -16,13 +19,17 @@ class Metrics:
 
     def __init__(self, path: Path, *, step: int) -> None:
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        files.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, values: Mapping[str, float | int]) -> None:
         """Append one line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Metrics":
         return self

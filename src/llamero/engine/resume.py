@@ -60,6 +60,15 @@ def load(directory: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer)
     return step
 
 
+def remove(directory: Path) -> None:
+    """Remove all checkpoints; a kill half-way leaves nothing behind that looks like one."""
+    aside = directory.with_name(directory.name + ".removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    if directory.exists():
+        directory.rename(aside)
+        shutil.rmtree(aside)
+
+
 def _moments(weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value

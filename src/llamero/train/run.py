@@ -9,6 +9,7 @@ import torch
 
 from llamero.core.errors import LlameroError
 from llamero.corpus import megatron
+from llamero.engine import resume
 from llamero.engine.batches import Batches
 from llamero.engine.loop import train
 from llamero.engine.stage import StageConfig
@@ -66,7 +67,7 @@ def run(
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, out / name)
-    shutil.rmtree(out / "checkpoints")
+    resume.remove(out / "checkpoints")
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
