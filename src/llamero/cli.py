@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from llamero.infer.chat import Chat
     from llamero.infer.sampler import Sampling
     from llamero.pipeline import Outcome, Row
+
+# On a machine that does other work too, threads that wait by spinning slow each other down several times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 out = Console()
 err = Console(stderr=True)
@@ -438,35 +442,47 @@ def _say_row(row: Row) -> None:
 
 
 def _say_outcome(outcome: Outcome) -> None:
-    table = Table("stage", "", "seconds", "where", title="What was done")
+    table = Table("stage", "", "seconds", title="What was done")
     for row in outcome.rows:
-        table.add_row(row.stage, row.state, f"{row.seconds:.1f}" if row.state == "made" else "", str(row.path))
+        table.add_row(row.path.name, row.state, f"{row.seconds:.1f}" if row.state == "made" else "")
     out.print(table)
     if outcome.results:
         _say_results(outcome.results)
     if all(row.state == "kept" for row in outcome.rows):
         out.print("nothing to do: everything is there already")
+    out.print(f"all of it stands in {outcome.rows[0].path.parent}", soft_wrap=True)
     if outcome.release is not None:
-        out.print(f"release: [bold]{outcome.release}[/bold]")
+        out.print(f"release: [bold]{outcome.release}[/bold]", soft_wrap=True)
     if outcome.model is not None:
-        out.print(f"talk to it: llamero chat {outcome.model}")
+        out.print(f"talk to it: llamero chat {outcome.model}", soft_wrap=True)
 
 
 def _say_results(found: Sequence[Result]) -> None:
-    table = Table("task", "model", "measured", title="What was measured")
+    groups: dict[str, list[Result]] = {}
     for result in found:
-        text = "  ".join(
-            f"{key} {_number(value)}" for key, value in result.metrics.items() if not key.endswith("_stderr")
-        )
         about = result.inputs.get("text")
-        table.add_row(f"{result.task} ({about})" if about else result.task, result.model, text)
-    out.print(table)
+        groups.setdefault(f"{result.task} ({about})" if about else result.task, []).append(result)
+    for title, results in groups.items():
+        keys = dict.fromkeys(key for result in results for key in result.metrics if not key.endswith("_stderr"))
+        table = Table("model", *(key.rpartition("/")[2] for key in keys), title=title, caption=results[0].protocol)
+        for result in results:
+            table.add_row(result.model, *(_measured(result, key) for key in keys))
+        out.print(table)
     for note in dict.fromkeys(note for result in found for note in result.notes):
         out.print(f"note: {note}", highlight=False)
 
 
+def _measured(result: Result, key: str) -> str:
+    if key not in result.metrics:
+        return ""
+    error = result.metrics.get(f"{key}_stderr")
+    return _number(result.metrics[key]) + (f" ± {_number(error)}" if error is not None else "")
+
+
 def _number(value: float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
+    if isinstance(value, float) and 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
 
 
 def _size(size: int) -> str:

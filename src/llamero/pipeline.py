@@ -64,7 +64,7 @@ class Outcome:
     release: Path | None
     """Where the release is, if the recipe publishes."""
     model: Path | None
-    """The last trained model."""
+    """The model: in the release, if there is one."""
     results: Sequence[results.Result]
 
 
@@ -402,6 +402,8 @@ def run(recipe: Recipe, *, root: Path, out: Path, on_row: Callable[[Row], None] 
                 on_row(row)
         release = None if plan.release is None else _point(out / "release", plan.release.path(out))
         model = plan.path("final") if "final" in plan.models else None
+        if release is not None:
+            model = release / recipe.name
         return Outcome(rows, release, model, plan.all_results())
 
 

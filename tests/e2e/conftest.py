@@ -22,7 +22,7 @@ data:
     questions: {sources: [{toy_world: conversations, count: 300, val_split: 0.1}]}
 train:
   - {name: lm, objective: lm, mixture: world, sequence: 64, batch: 8, steps: 30, lr: 1.0e-3, save_every: 5}
-  - {name: sft, mixture: questions, sequence: 64, batch: 8, steps: 20, lr: 1.0e-3, save_every: 5}
+  - {name: sft, mixture: questions, sequence: 96, batch: 8, steps: 20, lr: 1.0e-3, save_every: 5}
 quantize:
   calibration: {mixture: questions, sequence: 64, tokens: 2048}
   variants: [gptq-4bit-32g-actorder_True, rtn-4bit-32g]
