@@ -460,6 +460,8 @@ def _say_outcome(outcome: Outcome) -> None:
 def _say_results(found: Sequence[Result]) -> None:
     groups: dict[str, list[Result]] = {}
     for result in found:
+        if not result.metrics:
+            continue
         about = result.inputs.get("text")
         groups.setdefault(f"{result.task} ({about})" if about else result.task, []).append(result)
     for title, results in groups.items():
@@ -468,6 +470,9 @@ def _say_results(found: Sequence[Result]) -> None:
         for result in results:
             table.add_row(result.model, *(_measured(result, key) for key in keys))
         out.print(table)
+    for result in found:
+        for said in result.samples:
+            out.print(f"[bold]> {escape(said['prompt'])}[/bold]\n{escape(said['answer'])}  [dim]({result.model})[/dim]")
     for note in dict.fromkeys(note for result in found for note in result.notes):
         out.print(f"note: {note}", highlight=False)
 

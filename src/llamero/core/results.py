@@ -32,6 +32,8 @@ class Result:
     """What decided it: model digest, data files, limit, seed, dtype."""
     notes: tuple[str, ...] = ()
     """Counts that the reader must know: truncated, missing subjects."""
+    samples: tuple[Mapping[str, str], ...] = ()
+    """What the model said: `prompt` and `answer`."""
 
 
 def write(directory: Path, results: list[Result]) -> None:
@@ -47,7 +49,9 @@ def write_file(path: Path, results: list[Result]) -> None:
 def read(directory: Path) -> list[Result]:
     """Return the results of a stage."""
     records = json.loads((directory / FILE).read_text(encoding="utf-8"))["results"]
-    return [Result(**{**record, "notes": tuple(record["notes"])}) for record in records]
+    return [
+        Result(**{**record, "notes": tuple(record["notes"]), "samples": tuple(record["samples"])}) for record in records
+    ]
 
 
 def software() -> dict[str, str]:

@@ -65,5 +65,18 @@ class PerplexityTask(_Task):
         return self
 
 
-EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask, Field(discriminator="tasks")]
+class SamplesTask(_Task):
+    """What the model says to a few prompts, greedily: read it before you believe a score."""
+
+    tasks: Literal["samples"]
+    """Name of the task."""
+    prompts: list[str] = Field(min_length=1)
+    """What the user says, one conversation each."""
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Longest answer."""
+    models: list[str] = ["final"]
+    """Which models."""
+
+
+EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask | SamplesTask, Field(discriminator="tasks")]
 """Every task there is. To add one: a class here, a function in run.TASKS, a test."""

@@ -1,7 +1,7 @@
 """evaluate: a model directory and a task in, results out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import benchmarks, megatron, toy_world
 from llamero.evaluate import choices, h4
-from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, ToyWorldTask
+from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
 from llamero.infer import score
+from llamero.infer.chat import Chat
+from llamero.infer.sampler import Sampling
 from llamero.model.llama import Llama
 from llamero.model.load import load_model
 from llamero.text.messages import Message
@@ -130,6 +132,16 @@ def _texts(task: PerplexityTask, subject: Subject) -> Iterator[tuple[str, list[i
         yield f"{name}, validation", np.concatenate(list(documents)).astype(np.int64).tolist()[: task.tokens]
 
 
+def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
+    sampling = Sampling(temperature=0, max_new_tokens=task.max_new_tokens)
+    said = []
+    for prompt in task.prompts:
+        pieces = Chat(subject.model, subject.tokenizer, template=subject.template).answer(prompt, sampling)
+        said.append({"prompt": prompt, "answer": "".join(pieces).strip()})
+    result = subject.result("samples", {}, f"greedy, at most {task.max_new_tokens} tokens")
+    return [replace(result, samples=tuple(said))]
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -169,7 +181,7 @@ def _h4_results(task: H4Task, subject: Subject, summary: h4.Summary, notes: Sequ
     if summary["average"] is not None:
         metrics = {"average": summary["average"] / 100}
         results.append(subject.result("h4", metrics, f"mean of the four, {summary['rules']}", limit=task.limit))
-    return [Result(r.task, r.model, r.metrics, r.protocol, r.inputs, tuple(notes)) for r in results]
+    return [replace(result, notes=tuple(notes)) for result in results]
 
 
 def _names(task: H4Task, directory: Path) -> list[str]:
@@ -199,5 +211,6 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     ToyWorldTask: _toy_world,
     PerplexityTask: _perplexity,
     H4Task: _h4,
+    SamplesTask: _samples,
 }
 """Every task there is. To add one: a class in config, a function here, a test."""

@@ -185,6 +185,7 @@ class Cards:
             packing=packing_notes(self.inputs.trained),
             curves=[(stage.name, self.curves[stage.name]) for stage in self.inputs.trained],
             mixtures=mixtures(self.inputs.data),
+            samples=[(self._labels[result.model], result) for result in self.inputs.results if result.samples],
             recipe=markdown.fence(_yaml(self.inputs.recipe), "yaml"),
         )
 

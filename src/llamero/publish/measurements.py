@@ -100,6 +100,8 @@ def series(results: Iterable[Result]) -> list[Series]:
     """Return results by what can be compared: task, protocol and inputs, in the order of `TASKS`."""
     grouped: dict[tuple[str, str, str], dict[str, Result]] = {}
     for result in results:
+        if not result.metrics:
+            continue  # samples: said, not measured
         if result.task not in TASKS:
             raise ValueError(f"cards do not know task {result.task}: {did_you_mean(result.task, TASKS)}")
         same = grouped.setdefault((result.task, result.protocol, files.canonical(_shared(result))), {})
