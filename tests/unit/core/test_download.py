@@ -1,0 +1,79 @@
+import errno
+from importlib import import_module
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub
+
+from llamero.core.download import resolve_model
+from llamero.core.errors import LlameroError
+
+
+def response(status):
+    """Return a reply of whatever network library the hub's uses."""
+    library = import_module(vars(hub)["Response"].__module__.split(".")[0])
+    return library.Response(status, request=library.Request("GET", "https://huggingface.co"))
+
+
+def refuse(monkeypatch, error):
+    def snapshot_download(*_: Any, **__: Any):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def test_a_directory_is_itself(tmp_path):
+    assert resolve_model(tmp_path) == tmp_path
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/no-such-model"])
+def test_what_cannot_be_a_hub_name_is_a_missing_directory(name):
+    with pytest.raises(LlameroError, match=r"(?s)no such model directory.*owner/name"):
+        resolve_model(name)
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.bin").write_text("")
+    with pytest.raises(LlameroError, match="this is a file"):
+        resolve_model(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (hub.GatedRepoError("gated", response=response(403)), r"grant you access(?s:.)*hf auth login"),
+        (hub.RepositoryNotFoundError("none", response=response(404)), "nor a model on the hub"),
+        (hub.RevisionNotFoundError("none", response=response(404)), "owner/name has no revision `v2`"),
+        (hub.HfHubHTTPError("down", response=response(503)), "neither the hub nor its cache"),
+        (hub.LocalEntryNotFoundError("offline"), "neither the hub nor its cache"),
+        (hub.OfflineModeIsEnabled("offline"), "neither the hub nor its cache"),
+        (ConnectionError("cut"), "neither the hub nor its cache"),
+        (vars(hub)["HTTPError"]("read timed out"), "neither the hub nor its cache"),
+        (hub.HFValidationError("a -- is not allowed"), "nor a possible name"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no room to write"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_the_hub_refuses_is_said_with_a_way_out(monkeypatch, error, says):
+    refuse(monkeypatch, error)
+    with pytest.raises(LlameroError, match=says) as told:
+        resolve_model("owner/name:v2")
+    assert told.value.where == "owner/name:v2"
+
+
+def test_weights_in_pickles_are_only_fetched_where_there_are_no_safetensors(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision, "pytorch_model*.bin" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model("owner/name") == tmp_path
+    assert asked == [("owner/name", None, False), ("owner/name", None, True)]
+    asked.clear()
+    (tmp_path / "model.safetensors").write_text("")
+    resolve_model("owner/name:main")
+    assert asked == [("owner/name", "main", False)]
