@@ -8,7 +8,8 @@ def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> list[lis
     """Return rows of document numbers; no row holds more than `capacity` tokens, no document is cut.
 
     Every document goes to the fullest row that still has room for it (O(n log capacity), by a tree
-    over the free space of rows). Deterministic: ties go to the document and the row that came first.
+    over the free space of rows). Deterministic: of equal documents the first goes first, of rows with
+    equal room the one that was filled last takes it.
 
     Args:
         lengths: Tokens of each document, at most `capacity` each; empty documents are left out.

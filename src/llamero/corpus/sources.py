@@ -126,11 +126,11 @@ def _chat(row: Row, key: str, *, role_key: str, text_key: str, roles: Mapping[st
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in roles:
             raise BadRowError(f"`{key}.{number}.{role_key}` is {_short(role)}; known: {', '.join(roles)}")
-        weight = turn.get("loss_weight", 1)
-        if weight not in (0, 1):
+        weight = turn.get("loss_weight")
+        if weight not in (0, 1, None):  # Parquet has a null where a turn has no such key
             raise BadRowError(f"`{key}.{number}.loss_weight` is {weight}; only 0 and 1 are understood")
         text = _content(turn, text_key, f"{key}.{number}")
-        said.append(Message(roles[role], text, learned=bool(weight)))  # type: ignore[arg-type]
+        said.append(Message(roles[role], text, learned=weight != 0))  # type: ignore[arg-type]
     return Chat(tuple(said))
 
 
@@ -252,7 +252,7 @@ def _jsonl(path: Path) -> Iterator[Located]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             yield Located(where, None, _not_json(error))
             continue
@@ -311,7 +311,7 @@ def _next(whole: str, at: int) -> int:
 
 def _not_json(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.reason} at byte {error.start}"
     return f"not JSON: {error}"

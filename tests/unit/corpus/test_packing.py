@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamero.corpus.packing import best_fit_decreasing
+
+
+def naive(lengths, capacity):
+    """Best fit decreasing, looking at every row for every document; of equal rows the one filled last."""
+    rows, free, filled = [], [], []
+    for document in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[document]
+        if length == 0:
+            continue
+        fitting = [row for row in range(len(rows)) if free[row] >= length]
+        if fitting:
+            row = min(fitting, key=lambda row: (free[row], -filled[row]))
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(capacity)
+            filled.append(0)
+        rows[row].append(document)
+        free[row] -= length
+        filled[row] = sum(map(len, rows))
+    return rows
+
+
+def totals(rows, lengths):
+    return sorted(sum(int(lengths[document]) for document in row) for row in rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_the_rows_are_those_of_the_naive_method(data):
+    capacity = data.draw(st.integers(1, 40))
+    lengths = data.draw(st.lists(st.integers(0, capacity), max_size=60))
+    rows = best_fit_decreasing(np.asarray(lengths, dtype=np.int64), capacity)
+    assert rows == naive(lengths, capacity)
+    packed = sorted(document for row in rows for document in row)
+    assert packed == [document for document, length in enumerate(lengths) if length]
+    assert all(total <= capacity for total in totals(rows, lengths))
+
+
+def test_a_document_goes_to_the_fullest_row_that_has_room():
+    # 7 and 6 open rows; 3 fills the first exactly, 4 the second
+    assert best_fit_decreasing(np.asarray([6, 4, 7, 3]), 10) == [[2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("capacity", [2048, 4096])
+def test_real_lengths_fill_the_rows(capacity):
+    lengths = np.random.default_rng(0).lognormal(5.5, 1.0, 20_000).astype(np.int64).clip(2, capacity)
+    rows = best_fit_decreasing(lengths, capacity)
+    assert lengths.sum() / (len(rows) * capacity) >= 0.98
+    assert max(totals(rows, lengths)) <= capacity
+
+
+def test_the_same_lengths_give_the_same_rows():
+    lengths = np.random.default_rng(1).integers(1, 100, 500)
+    assert best_fit_decreasing(lengths, 100) == best_fit_decreasing(lengths.copy(), 100)
+
+
+def test_nothing_gives_no_rows():
+    assert best_fit_decreasing(np.zeros(0, np.int64), 8) == []
+    assert best_fit_decreasing(np.zeros(3, np.int64), 8) == []
+
+
+def test_a_document_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="9 tokens does not fit into 8"):
+        best_fit_decreasing(np.asarray([9]), 8)
