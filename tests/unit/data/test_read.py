@@ -1,0 +1,108 @@
+import json
+from collections import Counter
+
+import pytest
+
+from llamero.core.errors import LlameroError
+from llamero.corpus.sources import Chat, Document
+from llamero.data.config import FileSource, ToyWorldSource
+from llamero.data.read import Reading
+
+GOOD = {"instruction": "I", "output": "O"}
+
+
+def reading(tmp_path, *lines, **keys):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    return Reading(FileSource(source="a", path="a.jsonl", **keys), tmp_path)
+
+
+MALFORMED = {
+    "key missing": ({"instruction": "I"}, "`output` is missing"),
+    "half a line": ('{"instruction": "I", "outp', "not JSON"),
+    "bad byte": ('{"instruction": "\udcff", "output": "O"}', "not UTF-8"),
+    "lone surrogate": (
+        '{"instruction": "\\ud83d", "output": "O"}',
+        "`instruction` holds half a character (lone surrogate)",
+    ),
+    "no object": ([1], "not an object"),
+    "empty answer": ({"instruction": "I", "output": ""}, "the answer is empty"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_stops_everything_at_its_line(tmp_path, row, reason):
+    with pytest.raises(LlameroError) as told:
+        list(reading(tmp_path, GOOD, GOOD, row, GOOD))
+    assert told.value.where == str(tmp_path / "a.jsonl:3")
+    assert told.value.problem.startswith(reason)
+    assert "on_error: skip" in str(told.value.fix)
+
+
+@pytest.mark.parametrize(("row", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_or_is_counted_and_skipped(tmp_path, row, reason):
+    rows = reading(tmp_path, GOOD, row, GOOD, row, on_error="skip")
+    assert [found.where for found in rows] == [str(tmp_path / f"a.jsonl:{line}") for line in (1, 3)]
+    assert rows.skipped == Counter({reason: 2})
+
+
+def test_rows_of_one_fault_are_counted_together(tmp_path):
+    def turns(*roles):
+        return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+    rows = reading(
+        tmp_path,
+        turns("user", "tool"),
+        turns("user", "assistant", "tool"),
+        {"messages": [{"role": "user", "content": 3}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": [3]}]},
+        {"messages": [{"role": "user", "content": 4}]},
+        layout="messages",
+        on_error="skip",
+    )
+    assert list(rows) == []
+    assert rows.skipped == Counter(
+        {
+            "`messages.N.role` is str 'tool'": 2,
+            "`content` must be text": 2,
+            "`messages.N.content` has parts that are not text": 1,
+        }
+    )
+
+
+@pytest.mark.parametrize("first", [{"a": 1}, {"instruction": "I"}, "{"], ids=["foreign", "key missing", "half"])
+def test_the_layout_is_recognised_by_the_first_row_that_has_one(tmp_path, first):
+    rows = reading(tmp_path, first, GOOD, on_error="skip")
+    assert len(list(rows)) == 1
+    assert rows.layout == "alpaca"
+    assert rows.skipped.total() == 1
+
+
+def test_an_unknown_layout_stops_everything_where_faults_do(tmp_path):
+    with pytest.raises(LlameroError, match=r"a\.jsonl:1: .*fit no known layout(?s:.*)state `layout:`"):
+        list(reading(tmp_path, {"a": 1}, GOOD))
+
+
+def test_a_row_of_another_layout_is_malformed(tmp_path):
+    with pytest.raises(LlameroError, match=r"a\.jsonl:2: `instruction` is missing; the row has text"):
+        list(reading(tmp_path, GOOD, {"text": "T"}))
+
+
+def test_an_empty_file_is_an_error_or_a_counted_skip(tmp_path):
+    with pytest.raises(LlameroError, match=r"a\.jsonl: the file has no rows"):
+        list(reading(tmp_path))
+    rows = reading(tmp_path, on_error="skip")
+    assert list(rows) == []
+    assert rows.skipped == Counter({"the file has no rows": 1})
+
+
+def test_a_limit_counts_rows(tmp_path):
+    assert len(list(reading(tmp_path, GOOD, GOOD, GOOD, limit=2))) == 2
+
+
+def test_the_toy_world_is_a_source_like_others(tmp_path):
+    texts = list(Reading(ToyWorldSource(toy_world="documents", count=5), tmp_path))
+    chats = list(Reading(ToyWorldSource(toy_world="conversations", count=5), tmp_path))
+    assert all(isinstance(found.sample, Document) for found in texts)
+    assert all(isinstance(found.sample, Chat) for found in chats)
+    assert [found.where for found in chats] == [f"toy_world:{number}" for number in range(1, 6)]
