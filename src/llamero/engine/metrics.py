@@ -19,6 +19,7 @@ class Metrics:
 
     def __init__(self, path: Path, *, step: int) -> None:
         kept = [line for line in read_lines(path) if line["step"] <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 

@@ -50,9 +50,9 @@ class PerplexityTask(_Task):
     texts: dict[str, str] = {}
     """Text files by the name that reports use, relative to the recipe."""
     validation: list[str] = []
-    """Mixtures of the recipe; their validation documents, one after the other, are a text each."""
+    """Mixtures of the recipe; their validation documents are measured, each by itself."""
     window: int = Field(default=512, ge=2)
-    """Tokens of a window."""
+    """Tokens of a window over a text."""
     stride: int = Field(default=256, ge=1)
     """Tokens between windows; the rest of a window is context."""
     tokens: int | None = Field(default=None, gt=1)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from llamero.core import progress
@@ -17,6 +17,7 @@ from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, Samp
 from llamero.infer import score
 from llamero.infer.chat import Chat
 from llamero.infer.sampler import Sampling
+from llamero.infer.score import Window
 from llamero.model.llama import Llama
 from llamero.model.load import load_model
 from llamero.text.messages import Message
@@ -105,31 +106,32 @@ def _error(metric: str, value: float | None) -> dict[str, float]:
 def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
     other = None if subject.reference is None else load_model(subject.reference, dtype=torch.float32)
     results: list[Result] = []
-    for name, ids in _texts(task, subject):
-        found = score.perplexity(subject.model, ids, window=task.window, stride=task.stride)
-        start = "after BOS" if ids[0] == subject.tokenizer.bos_id else "no BOS"
-        protocol = f"window {task.window}, stride {task.stride}, {start}"
+    for name, ids, windows, how in _texts(task, subject):
+        found = score.perplexity(subject.model, ids, windows)
         metrics = {"perplexity": found.value, "tokens": found.tokens}
-        results.append(subject.result("perplexity", metrics, protocol, text=name))
+        results.append(subject.result("perplexity", metrics, how, text=name))
         if other is not None:
-            agreement = score.compare(other, subject.model, ids, window=task.window)
+            agreement = score.compare(other, subject.model, ids, windows)
             metrics = {"kl": agreement.kl, "top1": agreement.top1, "tokens": agreement.tokens}
-            protocol = f"KL(original ‖ this) in nats per token, windows of {task.window}, {start}"
+            protocol = f"KL(original ‖ this) in nats per token, {how}"
             results.append(subject.result("agreement", metrics, protocol, text=name))
     return results
 
 
-def _texts(task: PerplexityTask, subject: Subject) -> Iterator[tuple[str, list[int]]]:
-    """Yield name and ids of every text."""
+def _texts(task: PerplexityTask, subject: Subject) -> Iterator[tuple[str, list[int], list[Window], str]]:
+    """Yield name, ids, windows and protocol of every text."""
     tokenizer = subject.tokenizer
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     for name, path in task.texts.items():
-        yield name, (head + tokenizer.encode(_read(subject.root / path)))[: task.tokens]
+        ids = (head + tokenizer.encode(_read(subject.root / path)))[: task.tokens]
+        windows = score.sliding(len(ids), window=task.window, stride=task.stride)
+        yield name, ids, windows, f"window {task.window}, stride {task.stride}, {'BOS first' if head else 'no BOS'}"
     for name in task.validation:
-        documents = megatron.Reader(subject.mixtures[name] / "val-text")
-        if not len(documents):
+        documents = [d.tolist() for d in megatron.Reader(subject.mixtures[name] / "val-text")]
+        if not documents:
             raise LlameroError(f"mixture `{name}` has no validation documents", fix="give a source `val_split`")
-        yield f"{name}, validation", np.concatenate(list(documents)).astype(np.int64).tolist()[: task.tokens]
+        windows = score.documents([len(document) for document in documents])
+        yield f"{name}, validation", list(chain.from_iterable(documents)), windows, "each document by itself"
 
 
 def _samples(task: SamplesTask, subject: Subject) -> list[Result]:

@@ -6,7 +6,7 @@ Logits exist for a chunk of positions at a time, and only for positions that are
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -229,8 +229,6 @@ class Perplexity:
     """Sum of negative log-likelihoods, in nats."""
     tokens: int
     """Tokens that were scored."""
-    protocol: str
-    """Window, stride and what was scored, in one line."""
 
     @property
     def value(self) -> float:
@@ -239,63 +237,88 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
+    """A stretch of a text that the model sees by itself."""
+
     start: int
     stop: int
     scored: int
     """First token that is scored; those before it are context."""
 
+    def __len__(self) -> int:
+        return self.stop - self.start
 
-def _windows(tokens: int, window: int, stride: int) -> list[_Window]:
-    """Return windows whose tokens are scored once each, with what is left of them in the window as context."""
-    windows = []
+
+def sliding(tokens: int, *, window: int, stride: int) -> list[Window]:
+    """Return windows whose tokens are scored once each, with what is left of them in the window as context.
+
+    Each window scores its last `stride` tokens, the first one all but the first token. With a stride as long
+    as the window the first token of every window goes unscored: nothing predicts it.
+
+    Args:
+        tokens: Of the text.
+        window: Tokens the model sees at a time.
+        stride: How far the window moves on.
+    """
+    if not 1 <= stride <= window:
+        raise LlameroError(f"the stride must be 1 to {window} (the window), not {stride}")
+    windows: list[Window] = []
     scored = 0
     for start in range(0, tokens, stride):
         stop = min(start + window, tokens)
-        windows.append(_Window(start, stop, max(scored, start + 1)))  # nothing predicts a window's first token
+        windows.append(Window(start, stop, max(scored, start + 1)))
         scored = stop
         if stop == tokens:
             break
     return [w for w in windows if w.scored < w.stop]
 
 
+def documents(lengths: Sequence[int]) -> list[Window]:
+    """Return a window for each of the documents that lie one after the other; all but its first token is scored."""
+    ends = list(accumulate(lengths))
+    return [Window(end - n, end, end - n + 1) for end, n in zip(ends, lengths, strict=True) if n > 1]
+
+
 @torch.inference_mode()
 def perplexity(
-    model: Llama, ids: Sequence[int], *, window: int, stride: int, batch_tokens: int = BATCH_TOKENS
+    model: Llama, ids: Sequence[int], windows: Sequence[Window], *, batch_tokens: int = BATCH_TOKENS
 ) -> Perplexity:
-    """Return the perplexity of one long text by a sliding window.
-
-    Each window scores its last `stride` tokens, the first one all but the first token. With a stride as long
-    as the window the first token of every window goes unscored: nothing predicts it.
+    """Return the perplexity of a text.
 
     Args:
         model: The model.
         ids: The text.
-        window: Tokens the model sees at a time.
-        stride: How far the window moves on.
+        windows: What the model sees at a time, and what of it is scored: `sliding`, or `documents`.
         batch_tokens: Tokens of a forward pass; at least one window goes into each.
     """
-    _check_window(model, ids, window, stride)
+    _check_windows(model, ids, windows)
     total, count = 0.0, 0
-    windows = _windows(len(ids), window, stride)
-    per_pass = max(1, batch_tokens // window)
     with progress.Line("perplexity", total=len(windows), unit="windows") as line:
-        for begin in range(0, len(windows), per_pass):
-            batch = windows[begin : begin + per_pass]
+        for batch in _passes(windows, batch_tokens):
             hidden = _windows_hidden(model, ids, batch)
             nodes, targets = _predictions(ids, batch)
             found, _ = token_log_probs(model, hidden, nodes, targets)
             if found.isnan().any():
-                at = int(found.isnan().int().argmax())
-                raise LlameroError("NaN among the logits", where=f"window {begin + _owner(batch, at)} of the text")
+                bad = _owner(batch, int(found.isnan().int().argmax()))
+                raise LlameroError("NaN among the logits", where=f"window {windows.index(bad)} of the text")
             total -= float(found.sum())
             count += len(found)
             line.advance(len(batch))
-    protocol = f"window {window}, stride {stride}, {count} of {len(ids)} tokens scored"
-    return Perplexity(total, count, protocol)
+    return Perplexity(total, count)
 
 
-def _predictions(ids: Sequence[int], batch: Sequence[_Window]) -> tuple[Int[Tensor, " asked"], Int[Tensor, " asked"]]:
+def _passes(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Yield windows by forward pass."""
+    batch: list[Window] = []
+    for window in windows:
+        if batch and sum(map(len, batch)) + len(window) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
+
+
+def _predictions(ids: Sequence[int], batch: Sequence[Window]) -> tuple[Int[Tensor, " asked"], Int[Tensor, " asked"]]:
     """Return which positions of the packed windows predict the scored tokens, and these tokens."""
     nodes, targets, offset = [], [], 0
     for w in batch:
@@ -305,30 +328,28 @@ def _predictions(ids: Sequence[int], batch: Sequence[_Window]) -> tuple[Int[Tens
     return torch.tensor(nodes), torch.tensor(targets)
 
 
-def _owner(batch: Sequence[_Window], asked: int) -> int:
-    """Return which window scores the token number `asked` of a batch."""
-    for number, w in enumerate(batch):
-        asked -= w.stop - w.scored
+def _owner(batch: Sequence[Window], asked: int) -> Window:
+    """Return the window that scores the token number `asked` of a batch."""
+    for window in batch:
+        asked -= window.stop - window.scored
         if asked < 0:
-            return number
+            return window
     raise ValueError(f"the batch scores {-asked} tokens fewer")
 
 
-def _windows_hidden(model: Llama, ids: Sequence[int], batch: Sequence[_Window]) -> Float[Tensor, "tokens dim"]:
+def _windows_hidden(model: Llama, ids: Sequence[int], batch: Sequence[Window]) -> Float[Tensor, "tokens dim"]:
     lengths = [w.stop - w.start for w in batch]
     flat = list(chain.from_iterable(ids[w.start : w.stop] for w in batch))
     rotation = rotation_of(model, [0] * len(batch), lengths, lengths)
     return model.hidden(torch.tensor(flat, device=device_of(model)), rotation, Documents(tuple(lengths)))
 
 
-def _check_window(model: Llama, ids: Sequence[int], window: int, stride: int) -> None:
-    context = context_length(model.config)
-    if not 2 <= window <= context:
-        raise LlameroError(f"the window must have 2 to {context} tokens (the model's context), not {window}")
-    if not 1 <= stride <= window:
-        raise LlameroError(f"the stride must be 1 to {window} (the window), not {stride}")
-    if len(ids) < 2:
+def _check_windows(model: Llama, ids: Sequence[int], windows: Sequence[Window]) -> None:
+    if not windows:
         raise LlameroError(f"a text of {len(ids)} tokens has nothing to predict")
+    context, longest = context_length(model.config), max(map(len, windows))
+    if longest > context:
+        raise LlameroError(f"a window of {longest} tokens is longer than the model's context of {context}")
     check_ids(model, ids, where="the text")
 
 
@@ -346,15 +367,20 @@ class Agreement:
 
 @torch.inference_mode()
 def compare(
-    reference: Llama, other: Llama, ids: Sequence[int], *, window: int, batch_tokens: int = BATCH_TOKENS
+    reference: Llama,
+    other: Llama,
+    ids: Sequence[int],
+    windows: Sequence[Window],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Agreement:
-    """Return how far another model's predictions are from a reference's, at every position of a text.
+    """Return how far another model's predictions are from a reference's, at every position that scores a token.
 
     Args:
         reference: The model to stay close to.
         other: The model that is measured; it has the same vocabulary.
-        ids: The text; it is cut into windows that do not see each other.
-        window: Tokens the models see at a time.
+        ids: The text.
+        windows: What the models see at a time, and what of it is scored: `sliding`, or `documents`.
         batch_tokens: Tokens of a forward pass.
     """
     if reference.config.vocab_size != other.config.vocab_size:
@@ -362,26 +388,25 @@ def compare(
             f"vocabularies of {reference.config.vocab_size} and {other.config.vocab_size} cannot be compared"
         )
     for model in (reference, other):
-        _check_window(model, ids, window, window)
-    windows = [_Window(start, min(start + window, len(ids)), start) for start in range(0, len(ids), window)]
-    per_pass = max(1, batch_tokens // window)
-    kl, same = torch.zeros((), dtype=torch.float64), 0
+        _check_windows(model, ids, windows)
+    kl, same, count = torch.zeros((), dtype=torch.float64), 0, 0
     with progress.Line("compare", total=len(windows), unit="windows") as line:
-        for begin in range(0, len(windows), per_pass):
-            batch = windows[begin : begin + per_pass]
-            part, equal = _divergence(reference, other, ids, batch)
+        for batch in _passes(windows, batch_tokens):
+            part, equal, asked = _divergence(reference, other, ids, batch)
             if part.isnan():
-                raise LlameroError("NaN among the logits", where=f"windows {begin} to {begin + len(batch) - 1}")
-            kl, same = kl + part, same + equal
+                first = windows.index(batch[0])
+                raise LlameroError("NaN among the logits", where=f"windows {first} to {first + len(batch) - 1}")
+            kl, same, count = kl + part, same + equal, count + asked
             line.advance(len(batch))
-    return Agreement(float(kl) / len(ids), same / len(ids), len(ids))
+    return Agreement(float(kl) / count, same / count, count)
 
 
 def _divergence(
-    reference: Llama, other: Llama, ids: Sequence[int], batch: Sequence[_Window]
-) -> tuple[Float[Tensor, ""], int]:
-    """Return the sum of KL over the positions of some windows, and at how many the favourites agree."""
-    ours, theirs = _windows_hidden(reference, ids, batch), _windows_hidden(other, ids, batch)
+    reference: Llama, other: Llama, ids: Sequence[int], batch: Sequence[Window]
+) -> tuple[Float[Tensor, ""], int, int]:
+    """Return the sum of KL over scored positions, at how many the favourites agree, and how many there are."""
+    nodes, _ = _predictions(ids, batch)
+    ours, theirs = (_windows_hidden(model, ids, batch)[nodes] for model in (reference, other))
     rows = max(1, LOGITS // reference.config.vocab_size)
     total, same = torch.zeros((), dtype=torch.float64), 0
     for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
@@ -389,4 +414,4 @@ def _divergence(
         q = other.lm_head(b).float().log_softmax(-1).to(p.device)
         total += (p.exp() * (p - q)).sum(-1).double().sum().cpu()
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return total, same
+    return total, same, len(nodes)

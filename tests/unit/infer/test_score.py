@@ -8,7 +8,7 @@ import torch
 
 from llamero.core.errors import LlameroError
 from llamero.infer import score
-from llamero.infer.score import compare, log_likelihoods, perplexity
+from llamero.infer.score import compare, documents, log_likelihoods, perplexity, sliding
 
 
 @torch.no_grad()
@@ -128,10 +128,10 @@ def test_nan_is_named(model):
         log_likelihoods(broken, [([1, 2], [3]), ([1, 2], [4]), ([1, 7], [3])], batch_tokens=2)
     assert error.value.where == "request 2"
     with pytest.raises(LlameroError, match="NaN") as error:
-        perplexity(broken, [1] * 40 + [7, 1, 1], window=8, stride=8, batch_tokens=24)
+        perplexity(broken, [1] * 40 + [7, 1, 1], sliding(43, window=8, stride=8), batch_tokens=24)
     assert error.value.where == "window 5 of the text"
     with pytest.raises(LlameroError, match="NaN"):
-        compare(model, broken, [1, 2, 7, 3], window=4)
+        compare(model, broken, [1, 2, 7, 3], sliding(4, window=4, stride=4))
 
 
 @torch.no_grad()
@@ -157,25 +157,45 @@ def test_perplexity_is_that_of_one_window_at_a_time(model, draw, length, window,
     monkeypatch.setattr(score, "LOGITS", 50 * 7)  # seven positions at a time
     ids = draw(length)
     total, count = brute_perplexity(model, ids, window, stride)
-    found = perplexity(model, ids, window=window, stride=stride, batch_tokens=100)
+    found = perplexity(model, ids, sliding(length, window=window, stride=stride), batch_tokens=100)
     assert found.tokens == count
     assert found.nll_sum == pytest.approx(total, rel=1e-6)
     assert found.value == pytest.approx(math.exp(total / count), rel=1e-6)
-    assert found.protocol == f"window {window}, stride {stride}, {count} of {length} tokens scored"
 
 
 def test_every_token_but_the_first_is_scored_once(model, draw):
-    assert perplexity(model, draw(101), window=30, stride=10).tokens == 100
-    assert perplexity(model, draw(101), window=30, stride=30).tokens == 101 - 4
+    assert perplexity(model, draw(101), sliding(101, window=30, stride=10)).tokens == 100
+    assert perplexity(model, draw(101), sliding(101, window=30, stride=30)).tokens == 101 - 4
+
+
+@torch.no_grad()
+def test_documents_are_measured_each_by_itself(model, draw):
+    lengths, ids = [7, 1, 20, 2], draw(30)
+    total = count = start = 0
+    for length in lengths:
+        part = ids[start : start + length]
+        start += length
+        if length > 1:
+            total += brute_perplexity(model, part, 64, 64)[0]
+            count += length - 1
+    found = perplexity(model, ids, documents(lengths), batch_tokens=9)
+    assert found.tokens == count
+    assert found.nll_sum == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("length", "window", "stride", "message"),
-    [(9, 65, 8, "2 to 64"), (9, 1, 1, "2 to 64"), (9, 8, 9, "1 to 8"), (9, 8, 0, "1 to 8"), (1, 8, 8, "1 tokens")],
+    [
+        (90, 65, 8, "context of 64"),
+        (9, 1, 1, "nothing to predict"),
+        (9, 8, 9, "1 to 8"),
+        (9, 8, 0, "1 to 8"),
+        (1, 8, 8, "1 tokens"),
+    ],
 )
 def test_windows_that_make_no_sense_are_refused(model, draw, length, window, stride, message):
     with pytest.raises(LlameroError, match=message):
-        perplexity(model, draw(length), window=window, stride=stride)
+        perplexity(model, draw(length), sliding(length, window=window, stride=stride))
 
 
 @torch.no_grad()
@@ -186,16 +206,16 @@ def test_agreement_is_the_formula(model, draw, monkeypatch):
     for parameter in other.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     p, q = (
-        torch.cat([m(torch.tensor([ids[at : at + 20]]))[0] for at in range(0, 75, 20)]).double().softmax(-1)
+        torch.cat([m(torch.tensor([ids[at : at + 20]]))[0][:-1] for at in range(0, 75, 20)]).double().softmax(-1)
         for m in (model, other)
     )
-    found = compare(model, other, ids, window=20, batch_tokens=40)
+    found = compare(model, other, ids, sliding(75, window=20, stride=20), batch_tokens=40)
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
     assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    assert found.tokens == 75
+    assert found.tokens == 75 - 4  # the last position of a window predicts nothing that is scored
     assert 0 < found.top1 < 1
 
 
 def test_a_model_agrees_with_itself(model, draw):
-    found = compare(model, model, draw(64), window=16)
+    found = compare(model, model, draw(64), sliding(64, window=16, stride=16))
     assert (found.kl, found.top1) == (0.0, 1.0)
