@@ -199,7 +199,7 @@ def summary(asked: Sequence[Task], scored: Sequence[Scores]) -> Summary:
     """Return the leaderboard's view of the scores of `asked`, with everything that departs from it."""
     parts: dict[str, list[tuple[Task, Scores]]] = {}
     for pair in zip(asked, scored, strict=True):
-        parts.setdefault(_benchmark(pair[0].name), []).append(pair)
+        parts.setdefault(benchmark(pair[0].name), []).append(pair)
     found = {name: _benchmark_summary(part) for name, part in parts.items()}
     complete = set(found) == set(BENCHMARKS)
     return {
@@ -410,7 +410,7 @@ def _truthful(document: Document, log_likelihoods: Sequence[float]) -> dict[str,
     }
 
 
-def _benchmark(task: str) -> str:
+def benchmark(task: str) -> str:
     return "mmlu" if task.startswith(MMLU_PREFIX) else task
 
 

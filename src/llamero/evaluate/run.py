@@ -1,5 +1,6 @@
 """evaluate: a model directory and a task in, results out."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -157,33 +158,33 @@ def _h4(task: H4Task, subject: Subject) -> list[Result]:
     directory = subject.root / task.data
     asked = h4.tasks(directory, _names(task, directory), limit=task.limit, truthfulqa_edition=task.truthfulqa)
     scored: list[h4.Scores] = []
-    truncated = 0
+    truncated: Counter[str] = Counter()
     for one in progress.track(asked, f"evaluate {subject.name}", unit="tasks"):
         requests = [encode(subject.tokenizer, request) for request in one.requests]
         answers = score.log_likelihoods(
             subject.model, requests, max_length=subject.model.config.max_position_embeddings
         )
-        truncated += sum(answer.truncated > 0 for answer in answers)
+        truncated[h4.benchmark(one.name)] += sum(answer.truncated > 0 for answer in answers)
         scored.append(h4.scores(one, [answer.log_likelihood for answer in answers]))
-    summary = h4.summary(asked, scored)
-    notes = list(summary["departures"])
-    if truncated:
-        notes.append(f"{truncated} requests were longer than the context and lost their beginning")
-    return _h4_results(task, subject, summary, notes)
+    return _h4_results(task, subject, h4.summary(asked, scored), truncated)
 
 
-def _h4_results(task: H4Task, subject: Subject, summary: h4.Summary, notes: Sequence[str]) -> list[Result]:
+def _h4_results(task: H4Task, subject: Subject, summary: h4.Summary, truncated: Mapping[str, int]) -> list[Result]:
     results: list[Result] = []
     for name, part in summary["benchmarks"].items():
         metrics = {part["metric"]: part["value"], **_error(part["metric"], part["standard_error"])}
         metrics["questions"] = part["n"]
         protocol = f"{part['shots']}-shot {part['metric']}, {summary['rules']}"
-        about = {"limit": task.limit, "pool": part["pool"], "edition": part["edition"], "subjects": part["subjects"]}
-        results.append(subject.result(name, metrics, protocol, **about))
+        about = {"pool": part["pool"], "edition": part["edition"], "subjects": part["subjects"]}
+        notes = [text for text in summary["departures"] if text.startswith(f"{name}:")]
+        if truncated[name]:
+            notes.append(f"{name}: {truncated[name]} requests were longer than the context and lost their beginning")
+        stated = {key: value for key, value in about.items() if value}
+        results.append(subject.result(name, metrics, protocol, notes=notes, limit=task.limit, **stated))
     if summary["average"] is not None:
         metrics = {"average": summary["average"] / 100}
         results.append(subject.result("h4", metrics, f"mean of the four, {summary['rules']}", limit=task.limit))
-    return [replace(result, notes=tuple(notes)) for result in results]
+    return results
 
 
 def _names(task: H4Task, directory: Path) -> list[str]:
