@@ -1,0 +1,235 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamero.core.errors import LlameroError
+from llamero.engine.batches import Batches, split_at_turns
+from llamero.engine.stage import StageConfig
+from llamero.text.messages import SCAFFOLD, Role
+
+S, U, A, C, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.CONTEXT, Role.TEXT
+
+
+def numbered(roles):
+    """Documents in which every token of all is another one, so that each can be followed."""
+    tokens, first = [], 0
+    for document in roles:
+        tokens.append(np.arange(first, first + len(document)))
+        first += len(document)
+    return tokens, [np.asarray(document, dtype=np.uint16) for document in roles]
+
+
+def batches(roles, *, seed=0, **keys):
+    about = {"name": "s", "mixture": "m", "sequence": 8, "batch": 2}
+    about |= {} if "steps" in keys else {"epochs": 1}
+    tokens, arrays = numbered(roles)
+    return Batches(tokens, arrays, StageConfig.model_validate(about | keys), seed=seed, where="here")
+
+
+def learned(made, rows):
+    """(token, next token, weight) of everything that rows teach."""
+    batch = made.assemble(rows)
+    inputs = batch.ids[batch.learned].tolist()
+    return list(zip(inputs, batch.targets.tolist(), batch.weights.tolist(), strict=True))
+
+
+def taught(made):
+    """The same of all steps, with how often each pair came."""
+    seen = Counter()
+    for step in range(made.steps):
+        seen.update((token, target) for token, target, _ in learned(made, made.rows_of(step)))
+    return seen
+
+
+documents = st.lists(
+    st.lists(st.sampled_from([S, U, A, C, A + SCAFFOLD, U + SCAFFOLD, T]), max_size=9), min_size=1, max_size=30
+)
+
+
+def supervised(roles, learns=lambda role: role in (A, T)):
+    """Walk the documents: (token, next token) of every token that is learned and has one before it."""
+    tokens, _ = numbered(roles)
+    return [
+        (int(ids[at - 1]), int(ids[at]))
+        for ids, document in zip(tokens, roles, strict=True)
+        for at in range(1, len(document))
+        if learns(document[at])
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(roles=documents, batch=st.integers(1, 5), seed=st.integers(0, 3))
+def test_every_supervised_token_is_a_target_exactly_once_an_epoch(roles, batch, seed):
+    expected = supervised(roles)
+    if not expected:
+        with pytest.raises(LlameroError, match="nothing to learn"):
+            batches(roles, batch=batch, seed=seed)
+        return
+    made = batches(roles, batch=batch, seed=seed)
+    assert taught(made) == Counter(expected)
+    assert made.report.supervised_tokens == len(expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(roles=documents, epochs=st.sampled_from([2, 3]))
+def test_and_as_often_as_there_are_epochs(roles, epochs):
+    expected = Counter(supervised(roles))
+    if expected:
+        assert taught(batches(roles, batch=3, epochs=epochs)) == Counter({pair: epochs for pair in expected})
+
+
+def test_a_part_of_an_epoch_is_a_part_of_the_rows():
+    made = batches([[U] + [A] * 8] * 10, batch=4, epochs=1.1)
+    assert [len(made.rows_of(step)) for step in range(made.steps)] == [4, 4, 3]
+    assert sorted(made.rows_of(0) + made.rows_of(1) + made.rows_of(2)[:2]) == list(range(10))
+
+
+def test_steps_run_on_through_epochs_with_full_batches():
+    made = batches([[U] + [A] * 8] * 10, batch=4, steps=5)
+    order = [row for step in range(5) for row in made.rows_of(step)]
+    assert [len(made.rows_of(step)) for step in range(5)] == [4] * 5
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+
+
+def test_inputs_and_targets_are_shifted_within_documents():
+    made = batches([[U, A, A], [U, U, A, A], [T] * 5], batch=1, sequence=16)
+    batch = made.assemble([0])
+    tokens, roles = numbered([[U, A, A], [U, U, A, A], [T] * 5])
+    at = 0
+    assert sorted(batch.documents) == [0, 1, 2]
+    for document, length in zip(batch.documents, batch.lengths, strict=True):
+        assert length == len(tokens[document]) - 1
+        assert batch.ids[at : at + length].tolist() == tokens[document][:-1].tolist()
+        at += length
+    assert at == len(batch.ids)
+    assert sorted(taught(made)) == supervised(list(roles))
+
+
+def test_the_batch_of_a_step_depends_on_the_seed_and_the_step_alone():
+    roles = [[U] + [A] * 8] * 23
+    forward = [batches(roles, steps=40, seed=5).rows_of(step) for step in range(40)]
+    made = batches(roles, steps=40, seed=5)
+    assert [made.rows_of(step) for step in reversed(range(40))] == forward[::-1]
+    assert [batches(roles, steps=40, seed=6).rows_of(step) for step in range(40)] != forward
+
+
+def test_rows_hold_no_more_than_the_sequence():
+    random = np.random.default_rng(0)
+    made = batches([[U] + [A] * int(random.integers(1, 9)) for _ in range(200)])
+    fill = [len(made.assemble([row]).ids) for row in range(len(made))]
+    assert max(fill) <= 8
+    assert made.report.rows == len(made)
+    assert made.report.fill == pytest.approx(sum(fill) / (8 * len(made)))
+
+
+ALL_ROLES = [S, S + SCAFFOLD, C, C + SCAFFOLD, U, U + SCAFFOLD, A, A + SCAFFOLD, T, T + SCAFFOLD]
+
+
+def weights_of(made):
+    """Weight of each target role, the documents being [U, role]."""
+    found = {}
+    for row in range(len(made)):
+        for _, target, weight in learned(made, [row]):
+            found[ALL_ROLES[(target - 1) // 2]] = weight
+    return found
+
+
+def test_each_speaker_counts_as_much_as_the_stage_says():
+    roles = [[U, role] for role in ALL_ROLES]
+    assert weights_of(batches(roles)) == {A: 1.0, T: 1.0}
+    learn = {"assistant": 1.5, "text": 0.0, "user": 0.25, "system": 0.5, "context": 0.125}
+    assert weights_of(batches(roles, learn=learn)) == {A: 1.5, U: 0.25, S: 0.5, C: 0.125}
+
+
+def test_language_modelling_learns_every_token_markup_included():
+    assert weights_of(batches([[U, role] for role in ALL_ROLES], objective="lm")) == dict.fromkeys(ALL_ROLES, 1.0)
+
+
+LONG = [[U, U, A, A], [U] + [A] * 12, [U, A]]
+
+
+def test_a_long_sample_is_an_error_that_names_it():
+    with pytest.raises(LlameroError, match=r"^here: sample 1 has 13 tokens, `sequence` is 8(?s:.*)overlong: split"):
+        batches(LONG)
+
+
+def test_a_sample_of_one_token_more_than_the_sequence_fits():
+    assert batches([[U] + [A] * 8]).report.rows == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "counts", "targets"),
+    [
+        ("drop", {"dropped": 1, "tokens": 4}, 3),
+        ("truncate", {"truncated": 1, "truncated_tokens": 4, "tokens": 12}, 3 + 8),
+        ("split", {"truncated": 1, "truncated_tokens": 4, "tokens": 12}, 3 + 8),
+    ],
+)
+def test_what_becomes_of_a_long_turn_is_counted(policy, counts, targets):
+    made = batches(LONG, overlong=policy)
+    said = {key: value for key, value in made.report.to_json().items() if value and key not in ("rows", "fill")}
+    assert said == {"documents": 3, "supervised_tokens": targets, **counts}
+    assert sum(taught(made).values()) == targets
+
+
+def test_a_long_chat_is_split_before_a_question():
+    first, second, third = [U, U, A, A], [U, A, A, A], [U, A, A]
+    made = batches([first + second + third], overlong="split")
+    report = made.report
+    assert (report.split, report.truncated, report.dropped) == (1, 0, 0)
+    # 4 + 4 tokens fit into one piece of 9, the third turn begins the next
+    assert sorted(length for row in range(len(made)) for length in made.assemble([row]).lengths) == [2, 7]
+    assert taught(made) == Counter(supervised([first + second + third]))
+
+
+def test_a_context_stays_with_its_question():
+    rounds = [C, C + SCAFFOLD, U, A, A, A + SCAFFOLD]
+    assert split_at_turns(np.asarray(rounds * 3), 6) == [(0, 6), (6, 12), (12, 18)]
+    assert split_at_turns(np.asarray(rounds * 3), 11) == [(0, 12), (12, 18)]
+    assert split_at_turns(np.asarray([S, *rounds, *rounds]), 8) == [(0, 7), (7, 13)]
+
+
+def test_a_turn_that_alone_is_too_long_loses_its_end():
+    roles = np.asarray([U, A, U] + [A] * 20 + [U, A])
+    assert split_at_turns(roles, 8) == [(0, 2), (2, 11), (23, 25)]
+
+
+def test_a_piece_without_anything_to_learn_is_left_out_and_counted():
+    made = batches([[U, A] + [U] * 12 + [A] + [U, A]], overlong="split")
+    assert made.report.pieces_without_target == 1
+    assert (made.report.split, made.report.truncated, made.report.truncated_tokens) == (1, 1, 4)
+    assert made.report.supervised_tokens == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(length=st.integers(2, 60), limit=st.integers(8, 20))
+def test_a_long_text_is_cut_so_that_no_target_is_lost(length, limit):
+    made = batches([[T] * length], objective="lm", sequence=limit)
+    assert taught(made) == Counter({(at, at + 1): 1 for at in range(length - 1)})
+    assert made.report.truncated == 0
+    assert made.report.tokens == length - 1
+
+
+def test_documents_are_counted_once_whatever_became_of_them():
+    made = batches([[], [A], [U, U], [U, A]])
+    report = made.report
+    assert (report.documents, report.too_short, report.dropped, report.rows) == (4, 2, 1, 1)
+
+
+def test_nothing_to_learn_is_an_error():
+    for roles in ([], [[A]], [[U, U]], [[U, A + SCAFFOLD]]):
+        with pytest.raises(LlameroError, match="here: nothing to learn"):
+            batches(roles)
+
+
+def test_tokens_and_roles_of_different_runs_are_refused():
+    tokens, roles = numbered([[U, A, A], [U, A]])
+    stage = StageConfig(name="s", mixture="m", steps=1)
+    with pytest.raises(LlameroError, match="document 0 has 3 tokens and 2 roles"):
+        Batches(tokens, roles[::-1], stage, seed=0, where="here")
+    with pytest.raises(LlameroError, match="2 documents of tokens, 1 of roles"):
+        Batches(tokens, roles[:1], stage, seed=0, where="here")
