@@ -411,6 +411,7 @@ def _truthful(document: Document, log_likelihoods: Sequence[float]) -> dict[str,
 
 
 def benchmark(task: str) -> str:
+    """Return which of the four a task belongs to."""
     return "mmlu" if task.startswith(MMLU_PREFIX) else task
 
 
@@ -429,7 +430,7 @@ def _benchmark_summary(part: Sequence[tuple[Task, Scores]]) -> BenchmarkSummary:
         "shots": task.shots,
         "pool": task.pool,
         "edition": task.edition,
-        "subjects": [task.name.removeprefix(MMLU_PREFIX) for task, _ in part if _benchmark(task.name) == "mmlu"],
+        "subjects": [task.name.removeprefix(MMLU_PREFIX) for task, _ in part if benchmark(task.name) == "mmlu"],
     }
 
 
