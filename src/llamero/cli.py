@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from llamero.core.results import Result
     from llamero.infer.chat import Chat
     from llamero.infer.sampler import Sampling
+    from llamero.model.llama import Llama
     from llamero.pipeline import Outcome, Row
 
 # On a machine that does other work too, threads that wait by spinning slow each other down several times over.
@@ -272,6 +274,7 @@ def generate(
     sampling = _sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     with _Bars():
         loaded, tokenizer = llamero.load_model(model, dtype=dtype), llamero.load_tokenizer(model)
+    _say_loaded(loaded)
     said = sys.stdin.read() if prompt == "-" else prompt
     if raw:
         pieces = continue_text(loaded, tokenizer, said, sampling)
@@ -325,6 +328,7 @@ def chat(
     sampling = _sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     with _Bars():
         loaded, tokenizer = llamero.load_model(model, dtype=dtype), llamero.load_tokenizer(model)
+    _say_loaded(loaded)
     talk = Chat(loaded, tokenizer, template=template, system=system)
     while True:
         try:
@@ -352,6 +356,13 @@ def _answer(talk: Chat, said: str, sampling: Sampling) -> None:
         out.print("  (stopped)")
     except LlameroError as error:
         _say_error(error)
+
+
+def _say_loaded(model: Llama) -> None:
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    unit = 1 if sys.platform == "darwin" else 1024  # systems differ in what they count
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    err.print(f"[dim]model {_size(size)} in memory, peak of the process {_size(peak)}[/dim]", highlight=False)
 
 
 def _sampling(

@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that no reader ever sees half of."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a text file that no reader ever sees half of.
+
+    Args:
+        path: Where.
+        text: What.
+        shared: Other processes may write the same file at the same time. Each then writes beside it under a name
+            of its own, which a kill leaves there for good; else the next writing takes the same name again.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid() if shared else 'new'}")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -117,5 +124,5 @@ class ContentDigests:
             return known[2]
         digest = sha256(path)
         self._known[key] = [*stamp, digest]
-        write_json(self._memory, self._known)
+        write_atomically(self._memory, json.dumps(self._known, indent=2), shared=True)
         return digest

@@ -50,24 +50,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        # one buffer for all chunks: on CPU fresh memory costs as much as a pass over it
+        buffer = hidden.new_empty(min(size, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = (hidden[part] @ compute.T).float()  # (chunk, vocab)
-            lse = logits.logsumexp(-1)
-            target = targets[part, None]
-            loss += ((lse - logits.gather(1, target)[:, 0]) * weights[part]).sum()
+            x, target, scale = hidden[part], targets[part, None], weights[part, None]
+            logits = torch.mm(x, compute.T, out=buffer[: len(x)]).float()  # (chunk, vocab)
+            chosen, highest = logits.gather(1, target), logits.amax(-1, keepdim=True)
+            odds = logits.sub_(highest).exp_()  # in place, as what follows
+            total = odds.sum(-1, keepdim=True)
+            loss += ((highest + total.log() - chosen) * scale).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.sub_(lse[:, None]).exp_()  # softmax, in place
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            grad = grad.mul_(weights[part, None]).to(hidden.dtype)
+            grad = odds.mul_(scale / total).scatter_add_(1, target, -scale).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, compute, out=grad_hidden[part])
             if grad_weight is not None:
                 if grad.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, hidden[part])
+                    grad_weight.addmm_(grad.T, x)
                 else:
-                    grad_weight += grad.T @ hidden[part]
+                    grad_weight += grad.T @ x
         ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return loss
 
@@ -75,6 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         grad_hidden, grad_weight = ctx.grads
+        del ctx.grads  # scaled in place below, so only once; and `.grad` takes over what nobody else holds
         return (
             None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
             None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype)),

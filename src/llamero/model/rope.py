@@ -54,7 +54,8 @@ def rotations(
         scale: Factor on both, `Rope.attention_scale`.
     """
     phase = positions[:, None].float() * frequencies.float()
-    return torch.stack((phase.cos(), phase.sin()), dim=-1) * scale
+    # all cosines lie before all sines in memory: `rotate` reads each by itself, over and over
+    return (torch.stack((phase.cos(), phase.sin())) * scale).movedim(0, -1)
 
 
 def rotate(
