@@ -27,6 +27,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_kill_left_half_written_is_gone_with_the_next_writing(tmp_path):
+    path = tmp_path / "a.txt"
+    (tmp_path / ".a.txt.new").write_text("hal")
+    files.write_atomically(path, "whole")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=errno.errorcode.get)
 def test_every_kind_of_full_disk_is_named(tmp_path, number):
     with pytest.raises(LlameroError, match="no room") as told, files.disk_errors_named(tmp_path):
