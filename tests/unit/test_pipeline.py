@@ -1,0 +1,121 @@
+"""What names a stage: everything that decides its content, and nothing else. No stage is run here."""
+
+from pathlib import Path
+
+import pytest
+
+from llamero.core.errors import LlameroError
+from llamero.pipeline import Plan
+from llamero.recipe.load import load
+
+RECIPE = """\
+name: small
+base:
+  shape: {hidden: 16, layers: 1, heads: 2, mlp: 32, context: 64}
+  vocabulary: {size: 300, mixture: world}
+template: plain
+data:
+  mixtures:
+    world: {sources: [{toy_world: documents, count: 10, val_split: 0.1}]}
+    chat: {sources: [{source: mine, path: chat.jsonl}]}
+train:
+  - {name: lm, objective: lm, mixture: world, sequence: 32, steps: 2}
+  - {name: sft, mixture: chat, sequence: 32, steps: 2}
+quantize:
+  calibration: {mixture: world, sequence: 16, tokens: 64}
+  variants: [gptq-4bit-16g-actorder_True, rtn-4bit-16g]
+evaluate:
+  - {tasks: toy_world}
+  - {tasks: perplexity, texts: {page: page.txt}, models: [final]}
+publish: {license: apache-2.0}
+"""
+
+
+@pytest.fixture
+def digests(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "chat.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (tmp_path / "page.txt").write_text("a page")
+
+    def planned(*overrides):
+        plan = Plan(load(tmp_path / "recipe.yaml", overrides), tmp_path, tmp_path / "run")
+        return {name: i.digest for stage in plan.stages for name, i in stage.identities.items()}
+
+    planned.root = tmp_path
+    return planned
+
+
+def changed(before, after):
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def test_the_whole_way_is_known_before_anything_runs(digests):
+    assert list(digests()) == [
+        "tokenizer",
+        "data-world",
+        "data-chat",
+        "train-lm",
+        "train-sft",
+        "gptq-4bit-16g-actorder_True",
+        "rtn-4bit-16g",
+        "evaluate-toy_world-lm",
+        "evaluate-toy_world-sft",
+        "evaluate-toy_world-gptq-4bit-16g-actorder_True",
+        "evaluate-toy_world-rtn-4bit-16g",
+        "evaluate-perplexity-sft",
+        "release",
+    ]
+
+
+@pytest.mark.parametrize(
+    "override", ["parallel.device=cpu", "parallel.micro_batch=1", "train.sft.save_every=1", "train.sft.eval_every=1"]
+)
+def test_what_does_not_decide_the_result_changes_no_name(digests, override):
+    before, after = digests(), digests(override)
+    assert changed(before, after) == set()
+
+
+def test_a_later_stage_changes_only_what_comes_after(digests):
+    touched = changed(digests(), digests("train.sft.lr=1e-3"))
+    assert touched == {name for name in digests() if name.startswith(("train-sft", "gptq", "rtn", "evaluate"))} - {
+        "evaluate-toy_world-lm"
+    } | {"release"}
+
+
+def test_one_variant_more_leaves_the_others(digests):
+    more = "quantize.variants=[gptq-4bit-16g-actorder_True, rtn-4bit-16g, rtn-4bit-32g]"
+    assert changed(digests(), digests(more)) == {"rtn-4bit-32g", "evaluate-toy_world-rtn-4bit-32g", "release"}
+
+
+def test_the_seed_changes_all_that_is_drawn(digests):
+    untouched = digests().keys() - changed(digests(), digests("seed=7"))
+    assert untouched == {"tokenizer"}
+
+
+def test_files_count_by_content_and_not_by_place_or_time(digests):
+    before = digests()
+    (digests.root / "elsewhere").mkdir()
+    (digests.root / "chat.jsonl").rename(digests.root / "elsewhere" / "chat.jsonl")
+    assert changed(before, digests("data.mixtures.chat.sources.mine.path=elsewhere/chat.jsonl")) == set()
+    (digests.root / "chat.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')
+    assert "data-chat" in changed(before, digests())
+    assert "data-world" not in changed(before, digests())
+
+
+def test_a_missing_file_is_named_before_anything_runs(digests):
+    (digests.root / "page.txt").unlink()
+    with pytest.raises(LlameroError, match="no such file") as caught:
+        digests()
+    assert caught.value.where == str(digests.root / "page.txt")
+
+
+def test_a_base_that_is_nowhere_is_refused(digests):
+    with pytest.raises(LlameroError, match="no such model directory"):
+        digests("base=./no/model")
+
+
+def test_models_are_called_by_their_stage(digests):
+    plan = Plan(load(digests.root / "recipe.yaml"), digests.root, digests.root / "run")
+    assert plan.path("final") == plan.path("sft")
+    assert plan.path("base") == plan.path("lm")  # a release from scratch is measured against its first stage
+    assert isinstance(plan.path("rtn-4bit-16g"), Path)
