@@ -22,7 +22,8 @@ def plain(
     weights: Float[Tensor, " tokens"],
 ) -> Float[Tensor, ""]:
     """Return Σ weight·(−log p(target)), all logits at once: the oracle."""
-    return (F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none") * weights).sum()
+    logits = (hidden @ weight.T).to(_wide(hidden))
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 def linear_cross_entropy(
@@ -31,7 +32,7 @@ def linear_cross_entropy(
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
 ) -> Float[Tensor, ""]:
-    """Return Σ weight·(−log p(target)) in float32.
+    """Return Σ weight·(−log p(target)) in float32 (float64 for hidden states of that).
 
     Args:
         hidden: Last hidden states, only of the positions that are learned.
@@ -46,16 +47,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         compute = weight.to(hidden.dtype)  # under autocast the head is still float32
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = _wide(hidden)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         # one buffer for all chunks: on CPU fresh memory costs as much as a pass over it
         buffer = hidden.new_empty(min(size, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            x, target, scale = hidden[part], targets[part, None], weights[part, None]
-            logits = torch.mm(x, compute.T, out=buffer[: len(x)]).float()  # (chunk, vocab)
+            x, target, scale = hidden[part], targets[part, None], weights[part, None].to(wide)
+            logits = torch.mm(x, compute.T, out=buffer[: len(x)]).to(wide)  # (chunk, vocab)
             chosen, highest = logits.gather(1, target), logits.amax(-1, keepdim=True)
             odds = logits.sub_(highest).exp_()  # in place, as what follows
             total = odds.sum(-1, keepdim=True)
@@ -66,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, compute, out=grad_hidden[part])
             if grad_weight is not None:
-                if grad.dtype == torch.float32:
+                if grad.dtype == wide:
                     grad_weight.addmm_(grad.T, x)
                 else:
                     grad_weight += grad.T @ x
@@ -84,3 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)

@@ -1,0 +1,119 @@
+"""The chunked cross-entropy against all logits at once: values, both gradients, weights, scales, chunks, dtypes."""
+
+import pytest
+import torch
+
+from llamero.kernels import cross_entropy
+from llamero.kernels.cross_entropy import linear_cross_entropy, plain
+
+torch.set_num_threads(1)  # tiny tensors: a second thread would only be waited for
+
+VOCAB, DIM = 37, 8
+
+
+def drawn(tokens, *, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, DIM, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, DIM, generator=generator).requires_grad_()
+    targets = torch.randint(0, VOCAB, (tokens,), generator=generator)
+    return hidden, weight, targets, torch.rand(tokens, generator=generator) * 3
+
+
+def gradients(function, hidden, weight, targets, weights, *, scale=1.0):
+    loss = function(hidden, weight, targets, weights)
+    return (loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight)))
+
+
+@pytest.fixture
+def chunks_of(monkeypatch):
+    """Return a setter of the number of tokens in a chunk."""
+    return lambda tokens: monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", tokens * VOCAB)
+
+
+def test_the_oracle_is_what_the_words_say():
+    hidden, weight, targets, weights = drawn(5)
+    expected = 0.0
+    for x, target, share in zip(hidden, targets, weights, strict=True):
+        odds = torch.tensor([sum(a * b for a, b in zip(x.tolist(), row, strict=True)) for row in weight.tolist()]).exp()
+        expected -= share.item() * (odds[target] / odds.sum()).log().item()
+    assert plain(hidden, weight, targets, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("chunk", [1, 8, 100])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(tokens, chunk, chunks_of):
+    chunks_of(chunk)
+    given = drawn(tokens)
+    for ours, theirs in zip(gradients(linear_cross_entropy, *given), gradients(plain, *given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, -2.0, 0.0])
+def test_what_comes_after_the_loss_scales_its_gradients(scale):
+    given = drawn(11)
+    ours, theirs = (gradients(function, *given, scale=scale) for function in (linear_cross_entropy, plain))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_of_weight_zero_teaches_nothing():
+    hidden, weight, targets, weights = drawn(6)
+    weights[2] = 0
+    _, grad_hidden, grad_weight = gradients(linear_cross_entropy, hidden, weight, targets, weights)
+    assert not grad_hidden[2].any()
+    keep = torch.tensor([0, 1, 3, 4, 5])
+    _, _, without = gradients(linear_cross_entropy, hidden[keep], weight, targets[keep], weights[keep])
+    torch.testing.assert_close(grad_weight, without)
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed():
+    hidden, weight, targets, weights = drawn(6)
+    both = gradients(linear_cross_entropy, hidden, weight, targets, weights)
+    for number, wanted in enumerate((hidden, weight), start=1):
+        parts = [x if x is wanted else x.detach() for x in (hidden, weight)]
+        (alone,) = torch.autograd.grad(linear_cross_entropy(*parts, targets, weights), wanted)
+        torch.testing.assert_close(alone, both[number])
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, weights), both[0])
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_in_bfloat16_errors_are_those_of_bfloat16(chunk, chunks_of):
+    chunks_of(chunk)
+    hidden, weight, targets, weights = drawn(13, dtype=torch.bfloat16)
+    rounded = weight.detach().bfloat16().float().requires_grad_()
+    exact = gradients(plain, hidden.detach().float().requires_grad_(), rounded, targets, weights)
+    ours = gradients(linear_cross_entropy, hidden, weight, targets, weights)
+    assert [x.dtype for x in ours] == [torch.float32, torch.bfloat16, torch.float32]
+    for mine, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.float(), other, rtol=2e-2, atol=2e-2)
+
+
+def test_in_float64_nothing_is_rounded_to_float32():
+    hidden, weight, targets, weights = (x.double() if x.is_floating_point() else x for x in drawn(13))
+    given = hidden.detach().requires_grad_(), weight.detach().requires_grad_(), targets, weights
+    for ours, theirs in zip(gradients(linear_cross_entropy, *given), gradients(plain, *given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    hidden, weight, targets, weights = drawn(9)
+    given = (hidden.detach() * 200).requires_grad_(), weight, targets, weights
+    for ours, theirs in zip(gradients(linear_cross_entropy, *given), gradients(plain, *given), strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_no_token_is_no_loss():
+    given = drawn(0)
+    loss, grad_hidden, grad_weight = gradients(linear_cross_entropy, *given)
+    assert loss == 0
+    assert grad_hidden.shape == (0, DIM)
+    assert not grad_weight.any()
+
+
+def test_a_second_backward_is_refused():
+    loss = linear_cross_entropy(*drawn(3))
+    loss.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        loss.backward()
