@@ -207,7 +207,8 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.post_processor = self._post_processor()
-        backend.save(str(directory / "tokenizer.json"))
+        # not backend.save: of a full disk that says so little that nobody could name it
+        (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8", newline="")
         named = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.unk, "pad_token": self.pad}
         special = {key: token for key, token in named.items() if token is not None}
         config: Json = {

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from itertools import chain
 
 import numpy as np
@@ -209,6 +211,41 @@ def test_the_same_seed_gives_the_same_bytes_and_another_another_split(make, tmp_
     )
     assert first == again
     assert first["train-text.bin"] != other["train-text.bin"]
+
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from llamero.core import artifact
+from llamero.core.errors import LlameroError
+from llamero.data.config import DataConfig, MixtureConfig
+from llamero.data.run import prepare_tokenizer, tokenize_mixture
+tokenizer, root = Path(sys.argv[1]), Path(sys.argv[2])
+mixture = MixtureConfig.model_validate({"sources": [{"source": "a", "path": "a.jsonl"}]})
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+for name in ("tokenizer", "data"):
+    try:
+        with artifact.build(root / "runs", artifact.Identity(name, name, {}, {})) as build:
+            if name == "tokenizer":
+                prepare_tokenizer(DataConfig(), tokenizer, template="chatml", root=root, out=build.path)
+            else:
+                tokenize_mixture(
+                    "chat", mixture, tokenizer=tokenizer, template="chatml", root=root, seed=1, out=build.path
+                )
+    except LlameroError as error:
+        sys.stdout.write(str(error) + "|")
+"""
+
+
+def test_a_full_disk_is_named_and_nothing_half_done_looks_finished(tmp_path, tokenizer_files):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in pairs(1000)))
+    command = [sys.executable, "-c", FULL, str(tokenizer_files), str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("|")
+    assert [f"{tmp_path}/runs/{name}-" in text for name, text in zip(("tokenizer", "data"), said, strict=False)] == [
+        True
+    ] * 2
+    assert all("no room to write" in text and "free some space" in text for text in said[:2])
+    assert all(path.suffix == ".partial" for path in (tmp_path / "runs").iterdir())
 
 
 def test_a_tokenizer_can_be_trained_on_a_mixture(tmp_path):
