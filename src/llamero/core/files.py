@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +108,9 @@ class ContentDigests:
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
-        self._known: dict[str, list[Any]] = json.loads(memory.read_text()) if memory.exists() else {}
+        self._known: dict[str, list[Any]] = {}
+        with suppress(FileNotFoundError, ValueError):  # it only saves time: broken is as good as absent
+            self._known = json.loads(memory.read_text(encoding="utf-8"))
 
     def __call__(self, path: Path) -> str:
         """Return the digest of a file, or of a directory: of its files' names and contents."""

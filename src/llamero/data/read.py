@@ -103,5 +103,13 @@ def _hub_rows(name: str, split: str) -> Iterator[Located]:
         raise LlameroError(
             "reading a hub data set needs the `datasets` library", where=name, fix="pip install 'llamero[data]'"
         ) from error
-    for number, row in enumerate(load_dataset(name, split=split, streaming=True), 1):
-        yield Located(f"{name}:row {number}", dict(row))
+    number = 0
+    try:
+        for number, row in enumerate(load_dataset(name, split=split, streaming=True), 1):
+            yield Located(f"{name}:row {number}", dict(row))
+    except (OSError, ValueError) as error:  # what the library raises for names, splits and the network
+        raise LlameroError(
+            f"the hub data set cannot be read: {str(error).split(chr(10))[0] or type(error).__name__}",
+            where=f"{name}, split {split}, after row {number}",
+            fix="check the name and `split:`; for a gated one ask for access and `hf auth login`",
+        ) from error

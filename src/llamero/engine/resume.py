@@ -44,6 +44,8 @@ def load(directory: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer)
     last = finished[-1]
     weights = dict(model.named_parameters())
     stored = hf.open_tensors(last / "weights")
+    if {name: stored[name].shape for name in stored} != {name: value.shape for name, value in weights.items()}:
+        raise LlameroError("the checkpoint is of a model of another shape", where=last, fix="remove this directory")
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(stored[name])

@@ -101,6 +101,15 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path):
     assert digest(tmp_path, path) == "remembered"
 
 
+def test_a_broken_memory_is_forgotten(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("x")
+    before = digest(tmp_path, path)
+    (tmp_path / "memory.json").write_text('{"half')
+    assert digest(tmp_path, path) == before
+    assert str(path) in (tmp_path / "memory.json").read_text()
+
+
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(LlameroError, match="no such file"):
         digest(tmp_path, tmp_path / "nowhere")

@@ -1,5 +1,8 @@
 import json
+import sys
 from collections import Counter
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -98,6 +101,40 @@ def test_an_empty_file_is_an_error_or_a_counted_skip(tmp_path):
 
 def test_a_limit_counts_rows(tmp_path):
     assert len(list(reading(tmp_path, GOOD, GOOD, GOOD, limit=2))) == 2
+
+
+def hub(monkeypatch, rows):
+    """Read a data set of the hub; `rows` stands for what the `datasets` library gives."""
+    library = ModuleType("datasets")
+
+    def load_dataset(name, *, split, streaming):
+        assert (name, split, streaming) == ("owner/name", "test", True)
+        for row in rows:
+            if isinstance(row, Exception):
+                raise row
+            yield row
+
+    vars(library)["load_dataset"] = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    return list(Reading(FileSource(source="a", hub="owner/name", split="test"), Path("/")))
+
+
+def test_a_data_set_of_the_hub_is_a_source_like_others(monkeypatch):
+    assert [found.where for found in hub(monkeypatch, [GOOD, GOOD])] == ["owner/name:row 1", "owner/name:row 2"]
+    with pytest.raises(LlameroError, match="owner/name:row 2: `output` is missing"):
+        hub(monkeypatch, [GOOD, {"instruction": "I"}])
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no such data set"), ValueError("Bad split"), ConnectionError()])
+def test_what_the_hub_refuses_is_said_with_the_row(monkeypatch, error):
+    with pytest.raises(LlameroError, match=r"owner/name, split test, after row 1: the hub data set cannot be read"):
+        hub(monkeypatch, [GOOD, error])
+
+
+def test_the_library_for_the_hub_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(LlameroError, match=r"pip install 'llamero\[data\]'"):
+        list(Reading(FileSource(source="a", hub="owner/name"), Path("/")))
 
 
 def test_the_toy_world_is_a_source_like_others(tmp_path):

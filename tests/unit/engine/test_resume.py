@@ -84,6 +84,14 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
         resume.load(tmp_path, model=model, optimizer=optimizer)
 
 
+def test_a_checkpoint_of_another_model_is_refused(trained, make_model, make_stage, tmp_path):
+    model, optimizer = trained()
+    resume.save(tmp_path, step=3, model=model, optimizer=optimizer)
+    other = make_model(tied=False)
+    with pytest.raises(LlameroError, match="a model of another shape"):
+        resume.load(tmp_path, model=other, optimizer=adamw(other, make_stage()))
+
+
 def test_removing_is_done_at_one_stroke(trained, tmp_path):
     model, optimizer = trained()
     directory = tmp_path / "checkpoints"
