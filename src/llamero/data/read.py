@@ -108,8 +108,9 @@ def _hub_rows(name: str, split: str) -> Iterator[Located]:
         for number, row in enumerate(load_dataset(name, split=split, streaming=True), 1):
             yield Located(f"{name}:row {number}", dict(row))
     except (OSError, ValueError) as error:  # what the library raises for names, splits and the network
+        said = str(error).partition("\n")[0] or type(error).__name__
         raise LlameroError(
-            f"the hub data set cannot be read: {str(error).split(chr(10))[0] or type(error).__name__}",
+            f"the hub data set cannot be read: {said}",
             where=f"{name}, split {split}, after row {number}",
             fix="check the name and `split:`; for a gated one ask for access and `hf auth login`",
         ) from error
