@@ -40,6 +40,8 @@ def linear_cross_entropy(
         targets: The token that follows each position.
         weights: How much each position counts.
     """
+    if not torch.is_grad_enabled():  # inside `forward` nobody can tell, and validation would pay for gradients
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from llamero.core.errors import LlameroError
 from llamero.engine.loop import train
@@ -119,6 +120,13 @@ def test_the_validation_loss_is_that_of_all_documents_together(make_model, make_
     expected = float(sum(part for part, _ in sums) / sum(weight for _, weight in sums))
     assert lines[-1]["validation_loss"] == outcome.validation_loss == pytest.approx(expected, rel=1e-5)
     assert ["validation_loss" in line for line in lines] == [False, True, True]
+
+
+def test_validation_pays_for_no_gradients(make_model):
+    weight, hidden = make_model().lm_head.weight, torch.ones(10, 16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        linear_cross_entropy(hidden, weight, torch.arange(10), torch.ones(10))
+    assert counted.get_total_flops() == 2 * hidden.numel() * len(weight)
 
 
 def test_looking_and_saving_more_often_changes_no_bit(make_model, make_stage, make_data, tmp_path):
