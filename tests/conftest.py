@@ -1,5 +1,23 @@
-"""One thread a test process: pytest-xdist uses the cores, and tiny tensors gain nothing from more."""
+"""One thread a test process: pytest-xdist uses the cores, and tiny tensors gain nothing from more.
+
+Shapes in the signatures of mathematics are checked while tests run (jaxtyping with beartype).
+"""
 
 import torch
+from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+install_import_hook(
+    [
+        "llamero.kernels",
+        "llamero.model.attention",
+        "llamero.model.rope",
+        "llamero.model.llama",
+        "llamero.model.linear",
+        "llamero.infer.score",
+        "llamero.quantize.gptq",
+        "llamero.quantize.rtn",
+        "llamero.quantize.grid",
+    ],
+    "beartype.beartype",
+)

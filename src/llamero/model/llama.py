@@ -6,7 +6,7 @@ Parameters have the names of Hugging Face checkpoints.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from llamero.model.linear import linear
 from llamero.model.rope import rotate, rotations
 
 
+@runtime_checkable
 class Cache(Protocol):
     """Where the keys and values of earlier tokens wait."""
 
