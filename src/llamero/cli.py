@@ -111,11 +111,12 @@ def evaluate(
     tasks: str,
     data: Path | None = None,
     text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
+    prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
     limit: int | None = None,
     subjects: int | None = None,
-    truthfulqa: Literal["2021", "later"] = "2021",
-    window: int = 512,
-    stride: int = 256,
+    truthfulqa: Literal["2021", "later"] | None = None,
+    window: int | None = None,
+    stride: int | None = None,
     template: str = "auto",
     json: Path | None = None,
 ) -> None:
@@ -124,41 +125,43 @@ def evaluate(
     Parameters
     ----------
     tasks
-        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity or toy_world.
+        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity, samples or toy_world.
     data
         Directory of the benchmark files (for h4 and its parts).
     text
         Text file to measure perplexity on; may be given several times.
+    prompt
+        What to say to the model (samples); may be given several times.
     limit
         Questions of each task.
     subjects
         MMLU subjects to take, the first ones by name.
     truthfulqa
-        Edition of TruthfulQA; the published scores used that of 2021.
+        Edition of TruthfulQA: 2021 by default, which the published scores used.
     window
-        Tokens of a perplexity window.
+        Tokens of a perplexity window, 512 by default.
     stride
-        Tokens between windows.
+        Tokens between windows, 256 by default.
     template
         Chat template of prompts (toy_world).
     json
         Also write the results to this file.
     """
-    from llamero.core.config import parse
     from llamero.core.download import resolve_model
     from llamero.core.results import write_file
-    from llamero.evaluate.config import EvaluateConfig
+    from llamero.evaluate.config import named
 
-    keys: dict[str, object] = {"tasks": tasks}
-    if tasks == "perplexity":
-        keys |= {"texts": {path.name: str(path.resolve()) for path in text}, "window": window, "stride": stride}
-        if not text:
-            raise LlameroError("perplexity of what?", fix="give --text FILE")
-    elif tasks != "toy_world":
-        if data is None:
-            raise LlameroError("the benchmark files are needed", fix="give --data DIR (layout: docs/evaluate.md)")
-        keys |= {"data": str(data.resolve()), "limit": limit, "subjects": subjects, "truthfulqa": truthfulqa}
-    task = parse(EvaluateConfig, keys)
+    given: dict[str, object] = {
+        "data": None if data is None else str(data.resolve()),
+        "texts": {path.name: str(path.resolve()) for path in text} or None,
+        "prompts": list(prompt) or None,
+        "limit": limit,
+        "subjects": subjects,
+        "truthfulqa": truthfulqa,
+        "window": window,
+        "stride": stride,
+    }
+    task = named(tasks, {key: value for key, value in given.items() if value is not None})
     directory = resolve_model(model)
     from llamero.evaluate.run import run as measure
 

@@ -17,9 +17,9 @@ from llamero.core import artifact, results
 from llamero.core.artifact import Artifact, Build, Identity
 from llamero.core.download import resolve_model
 from llamero.core.files import ContentDigests
-from llamero.data.config import FileSource, MixtureConfig, VocabularyConfig
+from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
-from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask
+from llamero.evaluate.config import EvaluateConfig
 from llamero.quantize.config import QuantizeConfig
 from llamero.recipe.schema import Recipe, ScratchConfig
 
@@ -119,7 +119,7 @@ class Plan:
         if isinstance(recipe.base, ScratchConfig):
             start = recipe.base.vocabulary
             config["vocabulary"] = start.model_dump(mode="json")
-            config["text"] = recipe.data.mixtures[start.mixture].model_dump(mode="json")
+            config["text"] = recipe.data.mixtures[start.mixture].decides()
             parents |= self._files(recipe.data.mixtures[start.mixture])
         else:
             assert base is not None
@@ -142,19 +142,17 @@ class Plan:
         used = [stage.mixture for stage in self.recipe.train]
         if self.recipe.quantize and self.recipe.quantize.calibration.mixture:
             used.append(self.recipe.quantize.calibration.mixture)
-        used += [name for t in self.recipe.evaluate if isinstance(t, PerplexityTask) for name in t.validation]
+        used += [name for task in self.recipe.evaluate for name in task.mixtures]
         return list(dict.fromkeys(used))
 
     def _files(self, mixture: MixtureConfig) -> dict[str, str]:
         """Return the digest of every file that a mixture reads; a hub data set is named, not digested."""
-        local = [s for s in mixture.sources if isinstance(s, FileSource) and s.path is not None]
-        return {f"file {source.source}": self._digest(self.root / str(source.path)) for source in local}
+        paths = {role: path for source in mixture.sources for role, path in source.files.items()}
+        return {f"file {role}": self._digest(self.root / path) for role, path in paths.items()}
 
     def _plan_data(self, name: str, mixture: MixtureConfig) -> Identity:
         recipe = self.recipe
-        exclude = {"sources": {"__all__": {"path"}}}  # the content decides, not where it lies
-        config = {"mixture": mixture.model_dump(mode="json", exclude=exclude), "template": recipe.template}
-        config |= {"seed": recipe.seed}
+        config = {"mixture": mixture.decides(), "template": recipe.template, "seed": recipe.seed}
         parents = {"tokenizer": self.tokenizer.digest, **self._files(mixture)}
         identity = Identity("data", f"data-{name}", config, parents)
 
@@ -294,14 +292,10 @@ class Plan:
         return same[0] if same else "base"
 
     def _plan_measurement(self, task: EvaluateConfig, name: str) -> Identity:
-        said = task.model_dump(mode="json", exclude={"models", "data"})
-        config = {"task": said, "model": name, "template": self.recipe.template}
+        config = {"task": task.decides(), "model": name, "template": self.recipe.template}
         parents = {"model": self._model_digest(name)}
-        if isinstance(task, H4Task):
-            parents["data"] = self._digest(self.root / task.data)
-        if isinstance(task, PerplexityTask):
-            parents |= {f"text {key}": self._digest(self.root / path) for key, path in task.texts.items()}
-            parents |= {f"validation {name}": self.data[name].digest for name in task.validation}
+        parents |= {role: self._digest(self.root / path) for role, path in task.files.items()}
+        parents |= {f"mixture {mixture}": self.data[mixture].digest for mixture in task.mixtures}
         variant = self.recipe.quantize is not None and name in self.recipe.quantize.variants
         if variant:
             parents["reference"] = self._model_digest("final")

@@ -67,5 +67,28 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_file_that_contributing_names_exists():
-    for name in re.findall(r"`((?:src|docs)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text()):
-        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`([\w/]+/[\w/.]*)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert (ROOT / name).exists() or (ROOT / "src" / "llamero" / name).exists(), name
+
+
+def test_what_two_tables_name_is_the_same():
+    """Names that a config offers and the table that acts on them, where they stand in two rooms."""
+    from typing import get_args
+
+    from llamero.corpus.sources import LAYOUTS
+    from llamero.data.config import Layout
+    from llamero.engine.schedule import SHAPES
+    from llamero.engine.stage import StageConfig
+    from llamero.evaluate import config
+    from llamero.evaluate.run import TASKS
+    from llamero.publish.measurements import PRINTED
+    from llamero.quantize.run import METHODS
+    from llamero.quantize.variants import Method
+
+    assert set(get_args(Layout)) == set(LAYOUTS)
+    assert set(get_args(StageConfig.model_fields["schedule"].annotation)) == set(SHAPES)
+    assert set(get_args(Method)) == set(METHODS)
+    kinds = get_args(get_args(config.EvaluateConfig)[0])
+    assert set(kinds) == set(TASKS)
+    names = {name for kind in kinds for name in get_args(kind.model_fields["tasks"].annotation)}
+    assert names - {"samples"} <= set(PRINTED)  # samples are shown, not printed as numbers

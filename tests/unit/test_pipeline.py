@@ -31,18 +31,24 @@ publish: {license: apache-2.0}
 """
 
 
+class Digests:
+    """Plans the recipe in a directory and returns the digest of every stage."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __call__(self, *overrides):
+        plan = Plan(load(self.root / "recipe.yaml", overrides), self.root, self.root / "run")
+        return {name: i.digest for stage in plan.stages for name, i in stage.identities.items()}
+
+
 @pytest.fixture
 def digests(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "chat.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     (tmp_path / "page.txt").write_text("a page")
 
-    def planned(*overrides):
-        plan = Plan(load(tmp_path / "recipe.yaml", overrides), tmp_path, tmp_path / "run")
-        return {name: i.digest for stage in plan.stages for name, i in stage.identities.items()}
-
-    planned.root = tmp_path
-    return planned
+    return Digests(tmp_path)
 
 
 def changed(before, after):

@@ -6,7 +6,6 @@ Layout v1 (AutoGPTQ's) stores each zero point minus one, v2 as it is. Frantar et
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,27 +211,8 @@ _HARMLESS = {
 many bits is read from the tensors themselves."""
 
 
-def read_format(directory: Path) -> Format | None:
-    """Return how to read the quantized layers of a directory; `None` if it is not quantized.
-
-    The description stands in config.json, or (files of 2023) only in quantize_config.json.
-    """
-    where, keys = directory / "config.json", hf.read_config(directory).get("quantization_config")
-    if keys is None and (directory / "quantize_config.json").exists():
-        where = directory / "quantize_config.json"
-        keys = {"quant_method": "gptq", **hf.read_json(where)}
-    return None if keys is None else parse_format(keys, where=str(where))
-
-
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
-    """Return the layout that a `quantization_config` describes, or refuse what is not understood."""
-    method = keys.get("quant_method", keys.get("method"))
-    if method != "gptq":
-        raise LlameroError(
-            f"the model is quantized with `{method}`, which is not read here",
-            where=where,
-            fix="give the model it was made from, or a GPTQ version of it",
-        )
+    """Return the layout that a GPTQ `quantization_config` describes, or refuse what is not understood."""
     for key, value in keys.items():
         allowed = _MUST_BE.get(key)
         if (allowed is not None and value not in allowed) or (allowed is None and key not in _READ | _HARMLESS):

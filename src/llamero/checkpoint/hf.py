@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,20 +102,17 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def open_tensors(directory: Path) -> Tensors:
-    """Return the tensors of a directory: safetensors, or `.bin` files read by torch's weights-only loader."""
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        index = directory / index_name
+    """Return the tensors of a directory, from the first kind of file in `CONTAINERS` that it has."""
+    for container in CONTAINERS:
+        index = directory / container.index
         if index.exists():
             files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
             _refuse_missing(files, index)
-            return _safetensors(directory, files) if "safetensors" in index_name else _bins(directory, files)
-    shards = sorted(directory.glob("*.safetensors"))
-    if shards:
-        return _safetensors(directory, None, shards)
-    bins = sorted(directory.glob("pytorch_model*.bin"))
-    if bins:
-        return _bins(directory, None, bins)
-    raise LlameroError("no weights: neither *.safetensors nor pytorch_model*.bin", where=directory)
+            return container.open(directory, files, [])
+        shards = sorted(directory.glob(container.pattern))
+        if shards:
+            return container.open(directory, None, shards)
+    raise LlameroError(f"no weights: no {' and no '.join(c.pattern for c in CONTAINERS)}", where=directory)
 
 
 def _refuse_missing(files: Mapping[str, Path], index: Path) -> None:
@@ -154,7 +151,7 @@ def _dtype(name: str, path: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _safetensors(directory: Path, files: dict[str, Path] | None, shards: list[Path] | None = None) -> Tensors:
+def _safetensors(directory: Path, files: dict[str, Path] | None, shards: list[Path]) -> Tensors:
     specs: dict[str, Spec] = {}
     found: dict[str, Path] = {}
     for path in shards or sorted(set((files or {}).values())):
@@ -177,7 +174,7 @@ def _safetensors(directory: Path, files: dict[str, Path] | None, shards: list[Pa
     return Tensors(directory, found, specs, read)
 
 
-def _bins(directory: Path, files: dict[str, Path] | None, bins: list[Path] | None = None) -> Tensors:
+def _bins(directory: Path, files: dict[str, Path] | None, bins: list[Path]) -> Tensors:
     loaded = {path: _load_bin(path) for path in bins or sorted(set((files or {}).values()))}
     found = files or {name: path for path, tensors in loaded.items() for name in tensors}
     for name, path in found.items():
@@ -208,6 +205,25 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     if len(tensors) != len(loaded):
         raise LlameroError("the file holds more than named tensors", where=path)
     return tensors
+
+
+class Container(NamedTuple):
+    """A kind of file that weights come in."""
+
+    pattern: str
+    """Names of such files."""
+    index: str
+    """Name of the file that says which tensor is in which file, where there are several."""
+    open: Callable[[Path, dict[str, Path] | None, list[Path]], Tensors]
+    """Takes the directory and either the file of each tensor or the files."""
+
+
+CONTAINERS = (
+    Container("*.safetensors", "model.safetensors.index.json", _safetensors),
+    Container("pytorch_model*.bin", "pytorch_model.bin.index.json", _bins),
+)
+"""Every kind of file there is, the preferred one first. To add one: a function above and a line here; what a
+release carries along is decided in `publish/place.py`, what is downloaded in `core/download.py`."""
 
 
 class ShardWriter:

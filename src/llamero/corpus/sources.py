@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llamero.core.errors import LlameroError, did_you_mean
-from llamero.text.alpaca import alpaca_unwrap
 from llamero.text.messages import Message
+from llamero.text.unwrap import alpaca_unwrap
 
 Row = Mapping[str, Any]
 
@@ -173,7 +173,8 @@ LAYOUTS: dict[str, Layout] = {
     "alpaca-rendered": Layout(alpaca_rendered, ()),
     "text": Layout(text, _keys("text")),
 }
-"""Every layout there is. To add one: a function above, a line here, a row in the test."""
+"""Every layout there is. To add one: a function above, a line here, its name in `Layout` of data/config.py (a test
+compares the two), a row in the test."""
 
 
 def detect(row: Row, *, where: str) -> str:
@@ -212,7 +213,7 @@ def rows(path: Path) -> Iterator[Located]:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if _reader(p) is not None)
         if not found:
-            raise LlameroError("no .json, .jsonl, .parquet or .txt file in it", where=path)
+            raise LlameroError(f"no file in it that ends in one of: {', '.join(READERS)}", where=path)
         for file in found:
             yield from rows(file)
         return
@@ -220,7 +221,7 @@ def rows(path: Path) -> Iterator[Located]:
         raise LlameroError("no such data file", where=path)
     reader = _reader(path)
     if reader is None:
-        raise LlameroError("unknown kind of file", where=path, fix="use .json, .jsonl, .jsonl.gz, .parquet or .txt")
+        raise LlameroError("unknown kind of file", where=path, fix=f"use one of: {', '.join(READERS)} (also .gz)")
     empty = True
     for row in reader(path):
         empty = False
@@ -230,8 +231,7 @@ def rows(path: Path) -> Iterator[Located]:
 
 
 def _reader(path: Path) -> Callable[[Path], Iterable[Located]] | None:
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    return {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet, ".txt": _plain}.get(suffix)
+    return READERS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -347,3 +347,13 @@ def _whole(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise LlameroError(f"not UTF-8: {error.reason} at byte {error.start}", where=f"{path}:{line}") from error
+
+
+READERS: dict[str, Callable[[Path], Iterable[Located]]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".parquet": _parquet,
+    ".txt": _plain,
+}
+"""Every kind of file that rows are read from, by suffix (before `.gz`). To add one: a function and a line here."""

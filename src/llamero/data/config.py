@@ -19,6 +19,15 @@ class _Source(Strict):
     max_val_set: int | None = Field(default=None, ge=0)
     """Most samples kept for validation; the rest goes back to training."""
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Return every path that the source reads, by its role: their contents decide, not where they lie."""
+        return {}
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the samples, files left out."""
+        return self.model_dump(mode="json", exclude={"path"})
+
 
 class FileSource(_Source):
     """Rows of a file, a directory of files, or a data set of the hub."""
@@ -37,6 +46,11 @@ class FileSource(_Source):
     """What a malformed row does: stop everything, or be counted and skipped."""
     limit: int | None = Field(default=None, gt=0)
     """Rows to read at most."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the file or directory."""
+        return {} if self.path is None else {self.source: self.path}
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -61,14 +75,21 @@ class ToyWorldSource(_Source):
         return f"toy_world {self.toy_world}"
 
 
+_KINDS: dict[str, type[_Source]] = {"toy_world": ToyWorldSource, "source": FileSource}
+"""The key by which a source of each kind is known; the last one is what a source without any of them is taken for."""
+
+
 def _kind(value: Any) -> str:
-    toy = "toy_world" in value if isinstance(value, dict) else isinstance(value, ToyWorldSource)
-    return "ToyWorldSource" if toy else "FileSource"
+    if not isinstance(value, dict):
+        return type(value).__name__
+    return next((kind for key, kind in _KINDS.items() if key in value), FileSource).__name__
 
 
 SourceConfig = Annotated[
     Annotated[FileSource, Tag("FileSource")] | Annotated[ToyWorldSource, Tag("ToyWorldSource")], Discriminator(_kind)
 ]
+"""Every kind of source there is. To add one: a class above (its `files` too, or changed files would go unnoticed), its
+tag here and its key in `_KINDS`, a branch of `Reading` in data/read.py, a test."""
 
 
 class MixtureConfig(Strict):
@@ -78,6 +99,11 @@ class MixtureConfig(Strict):
     """Where the samples come from."""
     min_assistant_tokens: int = Field(default=0, ge=0)
     """Conversations whose assistant says less are skipped."""
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the dataset, files left out."""
+        said = self.model_dump(mode="json", exclude={"sources"})
+        return {**said, "sources": [source.decides() for source in self.sources]}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -12,6 +12,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 """How much of `lr − min_lr` is left when a share of the steps after warm-up is done.
 
+A shape falls from 1 to what it ends at and sees only the share that is done.
 To add one: a line here, and its name in `StageConfig.schedule`.
 """
 

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from llamero.core.config import Strict
+from llamero.core.config import Strict, parse
+from llamero.core.errors import LlameroError, did_you_mean
 
 
 class _Task(Strict):
     models: list[str] = ["base", "final", "variants"]
     """Which models: `base`, `final`, `variants` (all quantized ones), a training stage, or one variant."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return every path that the task reads, by its role: their contents decide the result, not where they lie."""
+        return {}
+
+    @property
+    def mixtures(self) -> list[str]:
+        """Return the mixtures of the recipe that the task reads."""
+        return []
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the result, files left out."""
+        return self.model_dump(mode="json", exclude={"models", *self._paths})
+
+    _paths: ClassVar[frozenset[str]] = frozenset()
+    """Fields that hold paths; `files` says which."""
 
 
 class H4Task(_Task):
@@ -29,6 +48,12 @@ class H4Task(_Task):
     """MMLU subjects to take, the first ones by name; all by default."""
     truthfulqa: Literal["2021", "later"] = "2021"
     """Edition of TruthfulQA; the published scores used that of 2021."""
+    _paths = frozenset({"data"})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the benchmark directory."""
+        return {"data": self.data}
 
 
 class ToyWorldTask(_Task):
@@ -58,6 +83,18 @@ class PerplexityTask(_Task):
     tokens: int | None = Field(default=None, gt=1)
     """Tokens of each text to use, from its start; all by default."""
 
+    _paths = frozenset({"texts"})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the texts."""
+        return {f"text {name}": path for name, path in self.texts.items()}
+
+    @property
+    def mixtures(self) -> list[str]:
+        """Return the mixtures whose validation documents are measured."""
+        return self.validation
+
     @model_validator(mode="after")
     def _something_to_read(self) -> Self:
         if not self.texts and not self.validation:
@@ -79,4 +116,25 @@ class SamplesTask(_Task):
 
 
 EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask | SamplesTask, Field(discriminator="tasks")]
-"""Every task there is. To add one: a class here, a function in run.TASKS, a test."""
+"""Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
+`TASKS` of evaluate/run.py, how cards print what it measures in `PRINTED` of publish/measurements.py, a test."""
+
+
+def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
+    """Return the task that a command line describes; an option that the task does not have is refused.
+
+    Args:
+        name: Of the task.
+        given: Options that were given.
+    """
+    kinds: dict[str, type[_Task]] = {
+        tag: kind for kind in _Task.__subclasses__() for tag in get_args(kind.model_fields["tasks"].annotation)
+    }
+    if name not in kinds:
+        raise LlameroError(f"unknown task `{name}`", fix=did_you_mean(name, kinds))
+    kind = kinds[name]
+    missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in {"tasks", *given}]
+    if missing or (kind is PerplexityTask and "texts" not in given):
+        option = {"data": "--data DIR (layout: docs/evaluate.md)", "prompts": "--prompt TEXT"}
+        raise LlameroError(f"`{name}` of what?", fix=f"give {option.get(''.join(missing), '--text FILE')}")
+    return parse(kind, {"tasks": name, **given})

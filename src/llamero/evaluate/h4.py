@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RULES = "leaderboard-2023 (lm-evaluation-harness b281b09)"
 
 BENCHMARKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc")
+"""The leaderboard's four. Closed: a new benchmark is a task of its own, see evaluate/config.py."""
 MMLU_SUBJECTS = 57
 MMLU_PREFIX = "hendrycksTest-"
 

@@ -216,4 +216,4 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     H4Task: _h4,
     SamplesTask: _samples,
 }
-"""Every task there is. To add one: a class in config, a function here, a test."""
+"""Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llamero.checkpoint import gptq
+from llamero.checkpoint import gptq, packed
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
@@ -15,7 +15,7 @@ def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     return layer
 
 
-class PackedLinear(nn.Module):
+class GptqLinear(nn.Module):
     """A linear layer that rests as GPTQ codes and is dequantized whenever it is used.
 
     Buffers have the names and shapes of GPTQ files. Scales stay in the dtype of the file: another one would
@@ -28,6 +28,8 @@ class PackedLinear(nn.Module):
         bias: Whether there is one.
     """
 
+    codes = "qweight"
+    """Buffer by which a packed layer is recognised in files."""
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
@@ -61,3 +63,16 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
         """Apply the layer in the dtype of its input."""
         return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the loaded codes, if anything is."""
+        groups, low, high = len(self.scales), int(self.g_idx.min()), int(self.g_idx.max())
+        if low < 0 or high >= groups:
+            return f"g_idx names groups {low} to {high}, there are {groups}"
+        return None
+
+
+LAYERS: dict[type[packed.Format], type[GptqLinear]] = {
+    gptq.Format: GptqLinear,
+}
+"""The layer of every packed format. To add one: a class above, a line here, its parser in checkpoint/packed.py."""

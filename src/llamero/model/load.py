@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llamero.checkpoint import gptq, hf
+from llamero.checkpoint import hf, packed
 from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig, from_hf
-from llamero.model.linear import PackedLinear
+from llamero.model.linear import LAYERS
 from llamero.model.llama import Block, Llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -33,12 +33,12 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str
         device: Where to put it.
     """
     model = empty_model(load_config(directory))
-    layout = gptq.read_format(directory)
+    layout = packed.read_format(directory)
     tensors = hf.open_tensors(directory)
     if layout is not None:
         _make_room_for_codes(model, tensors, layout)
     fill(model, tensors, dtype=dtype, device=device)
-    _check_groups(model, tensors)
+    _check_codes(model, tensors)
     return model.eval()
 
 
@@ -59,29 +59,29 @@ def load_block(
     return block.eval()
 
 
-def _make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: gptq.Format) -> None:
+def _make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format) -> None:
     """Replace the layers that the files hold packed."""
+    layer = LAYERS[type(layout)]
     plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    packed = [name for name in plain if f"{name}.qweight" in tensors]
-    if not packed:
-        raise LlameroError("the config says GPTQ, and no tensor is packed (`….qweight`)", where=tensors.directory)
+    found = [name for name in plain if f"{name}.{layer.codes}" in tensors]
+    if not found:
+        raise LlameroError(
+            f"the config says that weights are packed, and no tensor is (`….{layer.codes}`)", where=tensors.directory
+        )
     with torch.device("meta"):
-        for name in packed:
+        for name in found:
             # some writers give every packed layer a bias (of zeros), whatever the config says
             bias = f"{name}.bias" in tensors
             inputs, outputs = plain[name].in_features, plain[name].out_features
-            model.set_submodule(name, PackedLinear(inputs, outputs, layout=layout, bias=bias))
+            model.set_submodule(name, layer(inputs, outputs, layout=layout, bias=bias))
 
 
-def _check_groups(model: Llama, tensors: hf.Tensors) -> None:
+def _check_codes(model: Llama, tensors: hf.Tensors) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            groups, low, high = len(module.scales), int(module.g_idx.min()), int(module.g_idx.max())
-            if low < 0 or high >= groups:
-                raise LlameroError(
-                    f"`{name}.g_idx` names groups {low} to {high}, there are {groups}",
-                    where=tensors.files[f"{name}.g_idx"],
-                )
+        if isinstance(module, tuple(LAYERS.values())):
+            problem = module.problem()
+            if problem is not None:
+                raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.codes}"])
 
 
 def fill(model: Llama, tensors: hf.Tensors, *, dtype: torch.dtype | None, device: str | torch.device) -> None:
@@ -104,16 +104,16 @@ def _put(
     """Give one parameter, or one buffer of codes, its tensor."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    packed = isinstance(module, PackedLinear) and leaf in gptq.TENSORS
-    slot = module.get_buffer(leaf) if packed else module.get_parameter(leaf)
+    codes = leaf in dict(module.named_buffers(recurse=False))
+    slot = module.get_buffer(leaf) if codes else module.get_parameter(leaf)
     tensor = tensors[source]
-    if tensor.shape != slot.shape or (packed and tensor.is_floating_point() != slot.is_floating_point()):
+    if tensor.shape != slot.shape or (codes and tensor.is_floating_point() != slot.is_floating_point()):
         raise LlameroError(
             f"tensor `{source}` is {tuple(tensor.shape)} {tensor.dtype}, the config says {tuple(slot.shape)}"
-            + (f" {slot.dtype}" if packed else ""),
+            + (f" {slot.dtype}" if codes else ""),
             where=tensors.files[source],
         )
-    if packed:
+    if codes:
         module.register_buffer(leaf, tensor.to(device=device, copy=True))
     else:
         value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
@@ -149,7 +149,7 @@ def stored_names(model: Llama, tensors: hf.Tensors) -> dict[str, str]:
 
 def save_model(model: Llama, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and the weights of a model that is not packed."""
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if any(isinstance(module, tuple(LAYERS.values())) for module in model.modules()):
         raise ValueError("a packed model cannot be written as a plain one")
     named: dict[str, Tensor] = dict(model.named_parameters())
     specs = {name: hf.Spec(tuple(p.shape), dtype) for name, p in named.items()}

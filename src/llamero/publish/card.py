@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llamero.checkpoint import hf
 from llamero.core.errors import LlameroError
 from llamero.publish import markdown
-from llamero.publish.measurements import AGREEMENT, PERPLEXITY, TASKS, category_tables, score_table, series
+from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
 from llamero.publish.provided import VLLM, provided_files, readers
 from llamero.publish.release import BASE, SCRATCH
 from llamero.publish.training import ancestry_table, mixtures, packing_notes, stage_table
@@ -242,7 +242,7 @@ class Cards:
         for part in series(self.inputs.results):
             if self.inputs.final not in part.results:
                 continue
-            task, dataset = TASKS[part.task], TASKS[part.task].dataset or part.text or part.task
+            task, dataset = PRINTED[part.task], PRINTED[part.task].dataset or part.text or part.task
             found += [
                 EvalResult(
                     task_type="text-generation",

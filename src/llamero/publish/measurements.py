@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 PERPLEXITY, AGREEMENT = "perplexity", "agreement"
 
-TASKS: dict[str, Task] = {
+PRINTED: dict[str, Task] = {
     "h4": Task("H4 average", "open-llm-leaderboard", (Metric("average", "H4 average"),)),
     "arc_challenge": Task("ARC", "ai2_arc", (Metric("acc_norm", "ARC"),)),
     "hellaswag": Task("HellaSwag", "hellaswag", (Metric("acc_norm", "HellaSwag"),)),
@@ -60,7 +60,7 @@ TASKS: dict[str, Task] = {
     PERPLEXITY: Task("Perplexity", None, (Metric("perplexity", "Perplexity", ".3f", percent=False),)),
     AGREEMENT: Task("Agreement", None, (Metric("kl", "KL", ".3g", percent=False), Metric("top1", "Top-1 agreement"))),
 }
-"""The main numbers of every task, in the order of columns. A new task needs a line here."""
+"""The main numbers of every task, in the order of columns. A new task (evaluate/config.py) needs a line here."""
 
 _OF_THE_MODEL = {"model", "tokenizer"}
 """Inputs that differ from model to model and leave their numbers comparable."""
@@ -89,7 +89,7 @@ class Series:
     @property
     def columns(self) -> list[tuple[str, Metric]]:
         """Return the columns that it fills: title and number."""
-        return [(_titled(metric.title, self.text, self.number), metric) for metric in TASKS[self.task].metrics]
+        return [(_titled(metric.title, self.text, self.number), metric) for metric in PRINTED[self.task].metrics]
 
     def cell(self, model: str, metric: Metric) -> str:
         """Return what was measured of a model, or that nothing was."""
@@ -97,18 +97,18 @@ class Series:
 
 
 def series(results: Iterable[Result]) -> list[Series]:
-    """Return results by what can be compared: task, protocol and inputs, in the order of `TASKS`."""
+    """Return results by what can be compared: task, protocol and inputs, in the order of `PRINTED`."""
     grouped: dict[tuple[str, str, str], dict[str, Result]] = {}
     for result in results:
         if not result.metrics:
             continue  # samples: said, not measured
-        if result.task not in TASKS:
-            raise ValueError(f"cards do not know task {result.task}: {did_you_mean(result.task, TASKS)}")
+        if result.task not in PRINTED:
+            raise ValueError(f"cards do not know task {result.task}: {did_you_mean(result.task, PRINTED)}")
         same = grouped.setdefault((result.task, result.protocol, files.canonical(_shared(result))), {})
         if result.model in same and same[result.model].metrics != result.metrics:
             raise ValueError(f"two different results of {result.task} of {result.model} by {result.protocol}")
         same[result.model] = result
-    order = list(TASKS)
+    order = list(PRINTED)
     groups = sorted(grouped.items(), key=lambda item: order.index(item[0][0]))
     names = [(task, _text(by_model)) for (task, _, _), by_model in groups]
     times, seen = Counter(names), Counter[Any]()
@@ -116,7 +116,7 @@ def series(results: Iterable[Result]) -> list[Series]:
     for name, ((task, protocol, _), by_model) in zip(names, groups, strict=True):
         seen[name] += 1
         number = seen[name] if times[name] > 1 else None
-        title = _titled(TASKS[task].title, name[1], number)
+        title = _titled(PRINTED[task].title, name[1], number)
         found.append(Series(task, title, name[1], number, _how(protocol, by_model), by_model))
     return found
 

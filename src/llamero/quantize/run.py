@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llamero.checkpoint import gptq as format
-from llamero.checkpoint import hf
+from llamero.checkpoint import gptq as packing
+from llamero.checkpoint import hf, packed
 from llamero.checkpoint.gptq import GroupCodes
 from llamero.core.errors import LlameroError
 from llamero.model.llama import Block, Llama
@@ -162,7 +162,7 @@ def run(
         device: Where to compute.
         shard_bytes: Largest file of weights.
     """
-    if format.read_format(model) is not None:
+    if packed.read_format(model) is not None:
         raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
     shape = load_config(model)
     meta, variants = empty_model(shape), config.parsed()
@@ -290,7 +290,7 @@ def _bits_per_weight(variant: Variant, meta: Llama) -> float:
     weights = stored = 0
     for layer in quantized_layers(meta).values():
         inputs, outputs = layer.in_features, layer.out_features
-        parts = format.specs(inputs, outputs, bits=variant.bits, groups=variant.groups(inputs))
+        parts = packing.specs(inputs, outputs, bits=variant.bits, groups=variant.groups(inputs))
         weights += inputs * outputs
         stored += 8 * sum(spec.nbytes for spec in parts.values())
     return stored / weights

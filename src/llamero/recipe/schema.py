@@ -11,10 +11,11 @@ from llamero.core.config import Strict
 from llamero.core.errors import did_you_mean
 from llamero.data.config import DataConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
-from llamero.evaluate.config import EvaluateConfig, PerplexityTask
+from llamero.evaluate.config import EvaluateConfig
 from llamero.parallel.config import ParallelConfig
 from llamero.publish.config import PublishConfig
 from llamero.quantize.config import QuantizeConfig
+from llamero.text.templates import TEMPLATES
 from llamero.train.config import ShapeConfig
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Recipe(Strict):
     ]
     """Model to start from: a directory relative to the recipe, `owner/name[:revision]` of the hub, or a shape."""
     template: str = "auto"
-    """Chat template: orca-hashes, alpaca, chatml, llama-2, llama-3, vicuna, plain, or auto for the base's own."""
-    seed: int = 42
+    """Chat template, one of `TEMPLATES` in text/templates.py (chatml, llama-3 …), or `auto` for the base's own."""
+    seed: int = Field(default=42, ge=0)
     """Decides fresh weights, splits and the order of data."""
     data: DataConfig = DataConfig()
     """Sources and mixtures."""
@@ -65,6 +66,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
+        _known(self.template, {*TEMPLATES, "auto"}, ("template",), "template")
         mixtures, stages = self.data.mixtures, list[str]()
         for number, stage in enumerate(self.train):
             place = ("train", number)
@@ -88,8 +90,8 @@ class Recipe(Strict):
         for number, task in enumerate(self.evaluate):
             for model in task.models:
                 _known(model, models, ("evaluate", number, "models"), "model")
-            for mixture in task.validation if isinstance(task, PerplexityTask) else ():
-                _known(mixture, self.data.mixtures, ("evaluate", number, "validation"), "mixture")
+            for mixture in task.mixtures:
+                _known(mixture, self.data.mixtures, ("evaluate", number), "mixture")
 
 
 def _known(name: str, names: Collection[str], place: Place, what: str) -> None:

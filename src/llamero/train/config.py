@@ -1,4 +1,4 @@
-"""What a recipe says of a model that starts from nothing."""
+"""What a recipe says of a model that starts from nothing. A training stage itself is described in engine/stage.py."""
 
 from __future__ import annotations
 

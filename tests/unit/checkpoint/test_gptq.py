@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamero.checkpoint import gptq, hf
+from llamero.checkpoint import gptq, hf, packed
 from llamero.core.errors import LlameroError
 
 
@@ -79,7 +79,7 @@ PLAIN = {"bits": 4, "group_size": 128, "desc_act": True, "sym": True, "quant_met
     [({}, 1), ({"checkpoint_format": "gptq"}, 1), ({"checkpoint_format": "gptq_v2"}, 0), ({"format": "gptq_v2"}, 0)],
 )
 def test_both_layouts_are_told_apart(change, offset):
-    assert gptq.parse_format({**PLAIN, **change}, where="x") == gptq.Format(4, 128, offset)
+    assert packed.parse_format({**PLAIN, **change}, where="x") == gptq.Format(4, 128, offset)
 
 
 @pytest.mark.parametrize(
@@ -95,22 +95,22 @@ def test_both_layouts_are_told_apart(change, offset):
 )
 def test_what_is_not_understood_is_refused(change, says):
     with pytest.raises(LlameroError, match=says) as caught:
-        gptq.parse_format({**PLAIN, **change}, where="config.json")
+        packed.parse_format({**PLAIN, **change}, where="config.json")
     assert caught.value.where == "config.json"
     assert caught.value.fix
 
 
 def test_older_directories_describe_themselves_beside_the_config(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert gptq.read_format(tmp_path) is None
+    assert packed.read_format(tmp_path) is None
     old = {"bits": 4, "group_size": -1, "desc_act": False, "sym": True, "damp_percent": 0.1}
     (tmp_path / "quantize_config.json").write_text(json.dumps(old))
-    assert gptq.read_format(tmp_path) == gptq.Format(4, -1, 1)
+    assert packed.read_format(tmp_path) == gptq.Format(4, -1, 1)
 
 
 def test_our_own_config_is_understood_and_names_no_path():
     keys = gptq.quantization_config(bits=4, group_size=128, desc_act=True, static_groups=False, sym=True, damp=0.1)
-    assert gptq.parse_format(keys, where="x") == gptq.Format(4, 128, 1)
+    assert packed.parse_format(keys, where="x") == gptq.Format(4, 128, 1)
     assert "/" not in json.dumps(keys)
     assert "damp_percent" not in gptq.quantization_config(
         bits=4, group_size=128, desc_act=True, static_groups=False, sym=True, damp=None

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from llamero.checkpoint import gptq
-from llamero.model.linear import PackedLinear
+from llamero.model.linear import GptqLinear
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -23,7 +23,7 @@ def codes(bits, groups=2, *, shuffled=False):
 
 def packed(weight, *, bias=None):
     groups = weight.scales.shape[1]
-    layer = PackedLinear(64, 96, layout=gptq.Format(weight.bits, 64 // groups, 1), bias=bias is not None)
+    layer = GptqLinear(64, 96, layout=gptq.Format(weight.bits, 64 // groups, 1), bias=bias is not None)
     for name, tensor in gptq.encode(weight).items():
         assert layer.get_buffer(name).shape == tensor.shape
         layer.register_buffer(name, tensor)

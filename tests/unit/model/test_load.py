@@ -6,7 +6,7 @@ import torch
 from llamero.checkpoint import gptq, hf
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import PackedLinear
+from llamero.model.linear import GptqLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_block, load_model, save_model, write_config
 from llamero.model.rope import Default
@@ -120,7 +120,7 @@ def test_a_config_that_promises_codes_must_have_them(plain, tmp_path):
 
 def test_a_packed_model_is_not_saved_as_a_plain_one(plain, tmp_path):
     model = load_model(quantized(plain, tmp_path))
-    assert isinstance(model.get_submodule(LAST), PackedLinear)
+    assert isinstance(model.get_submodule(LAST), GptqLinear)
     with pytest.raises(ValueError, match="packed model"):
         save_model(model, tmp_path)
 

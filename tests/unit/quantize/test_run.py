@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import PackedLinear
+from llamero.model.linear import GptqLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
@@ -145,7 +145,7 @@ def test_our_loader_runs_every_variant(model, reports, tokens):
     ids = torch.stack(tokens[:2])
     for report in reports:
         packed = load_model(report.path, dtype=torch.float32)
-        assert isinstance(packed.get_submodule("model.layers.0.mlp.up_proj"), PackedLinear)
+        assert isinstance(packed.get_submodule("model.layers.0.mlp.up_proj"), GptqLinear)
         torch.testing.assert_close(packed(ids), twin(model, report)(ids), atol=1e-5, rtol=1e-5)
 
 

@@ -1,12 +1,12 @@
 import pytest
 
 from llamero.core.errors import LlameroError
-from llamero.text.alpaca import alpaca_unwrap
 from llamero.text.messages import SCAFFOLD, Message, Role
 from llamero.text.render import chat_template, generation_config, render
 from llamero.text.system_messages import ALPACA, VICUNA
 from llamero.text.templates import TEMPLATES
 from llamero.text.tokenizer import Tokenizer, train_bpe
+from llamero.text.unwrap import alpaca_unwrap
 
 CHAT = [
     Message("system", "Be brief."),

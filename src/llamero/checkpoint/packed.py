@@ -1,0 +1,41 @@
+"""Quantized directories: which way of packing weights a config describes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamero.checkpoint import gptq, hf
+from llamero.core.errors import LlameroError
+
+Format = gptq.Format
+"""Union of the descriptions that the parsers below return."""
+
+PARSERS: dict[str, Callable[..., Format]] = {
+    "gptq": gptq.parse_format,
+}
+"""Every way of packing that is read, by its `quant_method`. To add one: a file beside `gptq.py` that parses its
+config, a line here, its layer and a line in `LAYERS` of model/linear.py."""
+
+
+def read_format(directory: Path) -> Format | None:
+    """Return how the quantized layers of a directory are packed; `None` if it is not quantized.
+
+    The description stands in config.json, or (GPTQ files of 2023) only in quantize_config.json.
+    """
+    where, keys = directory / "config.json", hf.read_config(directory).get("quantization_config")
+    if keys is None and (directory / "quantize_config.json").exists():
+        where = directory / "quantize_config.json"
+        keys = {"quant_method": "gptq", **hf.read_json(where)}
+    return None if keys is None else parse_format(keys, where=str(where))
+
+
+def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
+    """Return the packing that a `quantization_config` describes."""
+    method = keys.get("quant_method", keys.get("method"))
+    if method not in PARSERS:
+        raise LlameroError(
+            f"the model is quantized with `{method}`, which is not read here",
+            where=where,
+            fix=f"give the model it was made from, or a version of it in: {', '.join(PARSERS)}",
+        )
+    return PARSERS[method](keys, where=where)
