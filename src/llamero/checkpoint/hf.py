@@ -104,7 +104,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def open_tensors(directory: Path) -> Tensors:
     """Return the tensors of a directory, from the first kind of file in `CONTAINERS` that it has."""
     for container in CONTAINERS:
-        index = directory / container.index
+        index = directory / container.index_name
         if index.exists():
             files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
             _refuse_missing(files, index)
@@ -212,7 +212,7 @@ class Container(NamedTuple):
 
     pattern: str
     """Names of such files."""
-    index: str
+    index_name: str
     """Name of the file that says which tensor is in which file, where there are several."""
     open: Callable[[Path, dict[str, Path] | None, list[Path]], Tensors]
     """Takes the directory and either the file of each tensor or the files."""

@@ -80,9 +80,10 @@ _KINDS: dict[str, type[_Source]] = {"toy_world": ToyWorldSource, "source": FileS
 
 
 def _kind(value: Any) -> str:
-    if not isinstance(value, dict):
+    if isinstance(value, _Source):
         return type(value).__name__
-    return next((kind for key, kind in _KINDS.items() if key in value), FileSource).__name__
+    known = [kind for key, kind in _KINDS.items() if isinstance(value, dict) and key in value]
+    return (known or [FileSource])[0].__name__
 
 
 SourceConfig = Annotated[

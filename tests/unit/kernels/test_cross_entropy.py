@@ -70,8 +70,8 @@ def test_only_the_gradients_that_are_asked_for_are_computed():
     hidden, weight, targets, weights = drawn(6)
     both = gradients(linear_cross_entropy, hidden, weight, targets, weights)
     for number, wanted in enumerate((hidden, weight), start=1):
-        parts = [x if x is wanted else x.detach() for x in (hidden, weight)]
-        (alone,) = torch.autograd.grad(linear_cross_entropy(*parts, targets, weights), wanted)
+        h, w = (x if x is wanted else x.detach() for x in (hidden, weight))
+        (alone,) = torch.autograd.grad(linear_cross_entropy(h, w, targets, weights), wanted)
         torch.testing.assert_close(alone, both[number])
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, weights), both[0])

@@ -89,7 +89,7 @@ def test_other_quantizations_are_refused_by_name(plain, tmp_path):
     quantized(plain, tmp_path, quant_method="awq")
     with pytest.raises(LlameroError, match="quantized with `awq`") as caught:
         load_model(tmp_path)
-    assert "GPTQ version" in str(caught.value.fix)
+    assert "a version of it in: gptq" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_broken_codes_are_named(plain, tmp_path, change, says):
 def test_a_config_that_promises_codes_must_have_them(plain, tmp_path):
     save_model(plain, tmp_path)
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32}))
-    with pytest.raises(LlameroError, match="no tensor is packed"):
+    with pytest.raises(LlameroError, match="and no tensor is"):
         load_model(tmp_path)
 
 
