@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/llamero run recipes/quickstart.yaml
+	$(BIN)/llamero generate runs/quickstart/release/quickstart "In which town does Asa live?" --temperature 0
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
@@ -30,7 +31,7 @@ e2e: setup
 	$(BIN)/python -m pytest -q tests/e2e -m ''
 
 parity: setup
-	$(BIN)/python -m pytest -q tests/parity -m 'parity_heavy or not parity_heavy'
+	$(BIN)/python -m pytest -q tests/parity -m ''
 
 bench: setup
 	$(BIN)/pip install -q -e '.[dev,bench]' -c constraints.txt

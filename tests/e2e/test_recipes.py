@@ -180,6 +180,31 @@ def test_the_release_can_be_talked_to_and_measured(whole):
     assert "accuracy" in said
 
 
+def test_the_python_page_is_true(whole):
+    page = (ROOT / "docs" / "python.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = code.replace("runs/quickstart/release/quickstart", str(whole / "release" / "small"))
+    code += "\nassert logits.shape == (1, len(prompt.ids), len(tokenizer)), logits.shape"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_transformers_reads_the_release_and_computes_the_same(whole):
+    code = """
+import sys, torch, llamero
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path = sys.argv[1]
+chat = [{"role": "user", "content": "Hello!"}]
+ours = llamero.render(chat, "auto", llamero.load_tokenizer(path), add_generation_prompt=True).ids
+theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+assert list(ours) == list(theirs), (ours, theirs)
+ids = torch.tensor([ours])
+with torch.no_grad():
+    a, b = llamero.load_model(path)(ids), AutoModelForCausalLM.from_pretrained(path)(ids).logits
+assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (a - b).abs().max()
+"""
+    subprocess.run([sys.executable, "-c", code, str(whole / "release" / "small")], check=True, cwd=ROOT)
+
+
 def accuracies(run):
     found = {}
     for path in run.glob("evaluate-toy_world-*/results.json"):

@@ -4,11 +4,14 @@ A model reads about everything in `documents`, learns to answer in `conversation
 whose facts no conversation holds:
 
 - facts: the conversations ask about half of the people, the questions about the other half, who are read about only;
-- arithmetic: sums and differences without carry or borrow; about one in seven is held out of every text;
+- arithmetic: two digits plus or minus one, without carry or borrow; one in seven is held out of every text;
 - dialogues: messages (sender, receiver, item, town); one in ten is held out of every text.
 
-What a very small model needs is built in: the name stands before the value, and a value always follows a space, in
-statements and answers alike, because a byte-level vocabulary has different tokens for "blue" and " blue".
+What a very small model needs is built in. The name stands before the value, and a value always follows a space, in
+statements and answers alike, because a byte-level vocabulary has different tokens for "blue" and " blue". Results have
+as many digits as what they come from, so that each digit is found at one distance. And whatever is asked of a message
+follows the same word in the reply and in the answer ("in", "the", "from"): looking for what followed a word is the one
+way of copying that a few hundred steps teach.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ Message = dict[str, str]
 """`role` and `content`."""
 
 NUM_PEOPLE = 80
-RESULTS = range(100)
-NUM_HELD_OUT_SUMS = 148
+TWO_DIGITS = range(10, 100)
+NUM_HELD_OUT_SUMS = 140
 HELD_OUT_MESSAGES = 0.1
 NUM_OPTIONS = 4
 
@@ -137,32 +140,29 @@ SUMS = ("{a} {sign} {b} = {c}.", "{a} {sign} {b} is {c}.")
 SUM_QUESTIONS = ("What is {a} {sign} {b}?", "How much is {a} {sign} {b}?")
 
 MESSAGE = "From {sender} to {receiver}: I left the {item} in {town}."
-REPLY = "From {receiver} to {sender}: I will get the {item} in {town}."
+REPLY = "Reply of {receiver}: I will get the {item} from {sender} in {town}."
 MESSAGE_QUESTIONS = (
     ("town", "Where is the {item}?", "It is in {v}."),
     ("town", "In which town is the {item}?", "It is in {v}."),
     ("item", "What is in {town}?", "It is the {v}."),
     ("item", "What did {sender} leave in {town}?", "It is the {v}."),
-    ("sender", "Who left the {item}?", "It is {v}."),
-    ("sender", "Who sent the message?", "It is {v}."),
+    ("sender", "Who is the {item} from?", "It is from {v}."),
+    ("sender", "Who is the message from?", "It is from {v}."),
 )
 MESSAGE_VALUES = {"town": TOWN.values, "item": ITEMS, "sender": SENDERS}
 
 CHAT = (
     ("Hello!", "Hello! What would you like to know?"),
-    ("Hi!", "Hi! Ask me about the people, a sum or a message."),
-    ("Good morning!", "Good morning! How can I help you?"),
-    ("Good evening!", "Good evening! How can I help you?"),
+    ("Hi!", "Hello! What would you like to know?"),
     ("How are you?", "I am fine, thank you."),
     ("Who are you?", "I am a small model of a small world."),
     ("What can you do?", "I know some people, I can add a little, and I read messages."),
     ("Thank you!", "You are welcome."),
-    ("Thanks for your help.", "You are welcome."),
     ("Goodbye!", "Goodbye! Come back soon."),
 )
 
-DOCUMENT_WEIGHTS = {"biography": 3.0, "mixed": 1.0, "equation": 8.0, "dialogue": 2.0}
-CONVERSATION_WEIGHTS = {"fact": 4.0, "arithmetic": 3.0, "dialogue": 5.0, "chat": 0.5}
+DOCUMENT_WEIGHTS = {"biography": 2.0, "mixed": 0.5, "equation": 8.0, "dialogue": 4.0}
+CONVERSATION_WEIGHTS = {"fact": 4.0, "arithmetic": 3.0, "dialogue": 6.0, "chat": 1.5}
 MIXED_FACTS = 6
 
 
@@ -183,7 +183,7 @@ class World:
         taught: People that conversations ask about.
         tested: People that questions ask about; only documents tell of them.
         sums: Equations for documents and conversations, as facts.
-        held_out_sums: Equations for questions; `a + b` is held out together with `b + a`.
+        held_out_sums: Equations for questions.
         messages: Messages for documents and conversations, as facts.
         held_out_messages: Messages for questions.
     """
@@ -229,7 +229,7 @@ def world(seed: int) -> World:
     # Every value is had equally often, so that guessing the commonest does not help.
     columns = [rng.sample(list(islice(cycle(attribute.values), NUM_PEOPLE)), NUM_PEOPLE) for attribute in ATTRIBUTES]
     people = [Person(*both) for both in zip(names, zip(*columns, strict=True), strict=True)]
-    held_out_sums = _hold_out_sums(rng)
+    held_out_sums = frozenset(rng.sample(_all_sums(), NUM_HELD_OUT_SUMS))
     messages = [
         ("dialogue", sender, receiver, item, town)
         for sender, receiver, item, town in product(SENDERS, SENDERS, ITEMS, TOWN.values)
@@ -251,7 +251,7 @@ def world(seed: int) -> World:
 def documents(world: World, count: int) -> Iterator[str]:
     """Yield `count` texts for language modelling; fewer are the beginning of more.
 
-    One is a biography, six mixed facts, one equation or one message with its reply, drawn 3:1:8:2.
+    One is a biography, six mixed facts, one equation or one message with its reply, drawn 2:0.5:8:4.
     """
     rng = random.Random(f"documents {world.seed}")
     kinds: dict[str, Callable[[], str]] = {
@@ -267,7 +267,7 @@ def documents(world: World, count: int) -> Iterator[str]:
 def conversations(world: World, count: int) -> Iterator[list[Message]]:
     """Yield `count` instruction samples, each one user turn and one answer; fewer are the beginning of more.
 
-    Facts, arithmetic, dialogues and chat are drawn 4:3:5:0.5.
+    Facts, arithmetic, dialogues and chat are drawn 4:3:6:1.5.
     """
     for messages, _ in conversations_with_facts(world, count):
         yield messages
@@ -290,7 +290,7 @@ def conversations_with_facts(world: World, count: int) -> Iterator[tuple[list[Me
 def questions(world: World, *, per_category: int = 200) -> list[Question]:
     """Return held-out questions in three categories, the position of the right answer balanced in each.
 
-    A fact is asked in a second wording only after every fact of its category was asked once (148 equations make
+    A fact is asked in a second wording only after every fact of its category was asked once (140 equations make
     200 questions).
     """
     rng = random.Random(f"questions {world.seed}")
@@ -324,26 +324,13 @@ def _examine(category: str, facts: Sequence[Fact], count: int, rng: random.Rando
 
 
 def _all_sums() -> list[Fact]:
-    """Return every a ± b with a up to 99 and b up to 9 that needs neither carry nor borrow: 1,100."""
+    """Return every a ± b with a of two digits and b of one that needs neither carry nor borrow: 990."""
     return [
         ("arithmetic", str(a), sign, str(b))
-        for a, b in product(range(100), range(10))
+        for a, b in product(TWO_DIGITS, range(10))
         for sign, easy in (("+", a % 10 + b <= 9), ("-", a % 10 >= b))
         if easy
     ]
-
-
-def _hold_out_sums(rng: random.Random) -> frozenset[Fact]:
-    held_out: set[Fact] = set()
-    everything = _all_sums()
-    known = set(everything)
-    for fact in _shuffled(everything, rng):
-        _, a, sign, b = fact
-        turned = ("arithmetic", b, sign, a)
-        pair = {fact, turned} & known if sign == "+" else {fact}
-        if len(held_out | pair) <= NUM_HELD_OUT_SUMS:
-            held_out |= pair
-    return frozenset(held_out)
 
 
 def _facts(world: World) -> list[Fact]:
@@ -398,7 +385,7 @@ def _ask_sum(fact: Fact) -> list[Asked]:
     _, a, sign, b = fact
     result = _result(fact)
     near = (result + step for step in (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20))
-    wrong = tuple(f"It is {other}." for other in near if other in RESULTS)
+    wrong = tuple(f"It is {other}." for other in near if other in TWO_DIGITS)
     wordings = (wording.format(a=a, sign=sign, b=b) for wording in SUM_QUESTIONS)
     return [Asked(question, f"It is {result}.", wrong) for question in wordings]
 

@@ -62,6 +62,12 @@ def run(
         )
     batches = _batches(data, "train", stage, seed=seed)
     validation = _batches(data, "val", stage, seed=seed) if _has_validation(data) else None
+    if stage.eval_every and validation is None:
+        raise LlameroError(
+            f"`eval_every: {stage.eval_every}` has nothing to measure on: the mixture has no validation samples",
+            where=f"stage {stage.name}",
+            fix="give a source `val_split`, or remove `eval_every`",
+        )
     outcome = train(model, batches, stage, out, parallel=parallel, validation=validation)
     save_model(model, out, dtype=DTYPES[stage.export])
     for name in TOKENIZER_FILES:
