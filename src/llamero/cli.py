@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from llamero.infer.sampler import Sampling
     from llamero.model.llama import Llama
     from llamero.pipeline import Outcome, Row
+    from llamero.text.tokenizer import Tokenizer
 
 # On a machine that does other work too, threads that wait by spinning slow each other down several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -230,109 +232,99 @@ def quantize(
     out.print(f"written to {out_dir}")
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Answering:
+    """How a model answers."""
+
+    system: str = ""
+    """System message."""
+    template: str = "auto"
+    """Chat template; auto is the model's own."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens up to this probability."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes repetition less likely."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    seed: int = 0
+    """Same seed, same text."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision to compute in."""
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen."""
+        from llamero.infer.sampler import Sampling
+
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+
+    def load(self, model: str) -> tuple[Llama, Tokenizer]:
+        """Return a model and its tokenizer."""
+        import llamero
+
+        with _Bars():
+            loaded, tokenizer = llamero.load_model(model, dtype=self.dtype), llamero.load_tokenizer(model)
+        size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
+        unit = 1 if sys.platform == "darwin" else 1024  # systems differ in what they count
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        err.print(f"[dim]model {_size(size)} in memory, peak of the process {_size(peak)}[/dim]", highlight=False)
+        return loaded, tokenizer
+
+
+_AS_USUAL = Answering()
+
+
 @app.command
 def generate(
     model: Model,
-    prompt: Annotated[str, Parameter(help="What the user says; - reads standard input.")],
+    prompt: Annotated[
+        str | None, Parameter(help="What the user says; left out, it is read from standard input.")
+    ] = None,
     *,
-    system: str = "",
-    template: str = "auto",
     raw: bool = False,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    answering: Answering = _AS_USUAL,
 ) -> None:
     """Answer one prompt, streaming.
 
     Parameters
     ----------
-    system
-        System message.
-    template
-        Chat template; auto is the model's own.
     raw
         Continue the prompt as it is, without a template.
-    temperature
-        0 is greedy.
-    top_p
-        Keep the likeliest tokens up to this probability.
-    top_k
-        Keep this many of the likeliest tokens; 0 keeps all.
-    repetition_penalty
-        Above 1 makes repetition less likely.
-    max_new_tokens
-        Longest answer.
-    seed
-        Same seed, same text.
-    dtype
-        Precision to compute in.
     """
-    import llamero
     from llamero.infer.chat import Chat, continue_text
 
-    sampling = _sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-    with _Bars():
-        loaded, tokenizer = llamero.load_model(model, dtype=dtype), llamero.load_tokenizer(model)
-    _say_loaded(loaded)
-    said = sys.stdin.read() if prompt == "-" else prompt
+    sampling = answering.sampling()
+    loaded, tokenizer = answering.load(model)
+    said = sys.stdin.read() if prompt is None else prompt
     if raw:
         pieces = continue_text(loaded, tokenizer, said, sampling)
     else:
-        pieces = Chat(loaded, tokenizer, template=template, system=system).answer(said, sampling)
+        chat = Chat(loaded, tokenizer, template=answering.template, system=answering.system)
+        pieces = chat.answer(said, sampling)
     for piece in pieces:
         out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     out.print()
 
 
 @app.command
-def chat(
-    model: Model,
-    *,
-    system: str = "",
-    template: str = "auto",
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    max_new_tokens: int = 512,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-) -> None:
-    """Talk with a model. /system TEXT, /reset and /quit are commands; Ctrl-C stops an answer, Ctrl-D ends.
-
-    Parameters
-    ----------
-    system
-        System message.
-    template
-        Chat template; auto is the model's own.
-    temperature
-        0 is greedy.
-    top_p
-        Keep the likeliest tokens up to this probability.
-    top_k
-        Keep this many of the likeliest tokens; 0 keeps all.
-    repetition_penalty
-        Above 1 makes repetition less likely.
-    max_new_tokens
-        Longest answer.
-    seed
-        Same seed, same text.
-    dtype
-        Precision to compute in.
-    """
-    import llamero
+def chat(model: Model, *, answering: Answering = _AS_USUAL) -> None:
+    """Talk with a model. /system TEXT, /reset and /quit are commands; Ctrl-C stops an answer, Ctrl-D ends."""
     from llamero.infer.chat import Chat
 
-    sampling = _sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-    with _Bars():
-        loaded, tokenizer = llamero.load_model(model, dtype=dtype), llamero.load_tokenizer(model)
-    _say_loaded(loaded)
-    talk = Chat(loaded, tokenizer, template=template, system=system)
+    sampling = answering.sampling()
+    loaded, tokenizer = answering.load(model)
+    talk = Chat(loaded, tokenizer, template=answering.template, system=answering.system)
     while True:
         try:
             said = out.input("[bold]> [/bold]").strip()
@@ -343,7 +335,8 @@ def chat(
         if command == "/quit":
             return
         if command in ("/reset", "/system"):
-            talk = Chat(loaded, tokenizer, template=template, system=rest if command == "/system" else system)
+            system = rest if command == "/system" else answering.system
+            talk = Chat(loaded, tokenizer, template=answering.template, system=system)
         elif command.startswith("/"):
             out.print(f"unknown command {escape(command)}; there are /system TEXT, /reset, /quit")
         elif said:
@@ -359,28 +352,6 @@ def _answer(talk: Chat, said: str, sampling: Sampling) -> None:
         out.print("  (stopped)")
     except LlameroError as error:
         _say_error(error)
-
-
-def _say_loaded(model: Llama) -> None:
-    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    unit = 1 if sys.platform == "darwin" else 1024  # systems differ in what they count
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    err.print(f"[dim]model {_size(size)} in memory, peak of the process {_size(peak)}[/dim]", highlight=False)
-
-
-def _sampling(
-    temperature: float, top_p: float, top_k: int, repetition_penalty: float, max_new_tokens: int, seed: int
-) -> Sampling:
-    from llamero.infer.sampler import Sampling
-
-    return Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
 
 
 @app.command
