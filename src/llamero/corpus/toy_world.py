@@ -10,8 +10,8 @@ whose facts no conversation holds:
 What a very small model needs is built in. The name stands before the value, and a value always follows a space, in
 statements and answers alike, because a byte-level vocabulary has different tokens for "blue" and " blue". Results have
 as many digits as what they come from, so that each digit is found at one distance. And whatever is asked of a message
-follows the same word in the reply and in the answer ("in", "the", "from"): looking for what followed a word is the one
-way of copying that a few hundred steps teach.
+follows the same word in message, reply and answer ("in", "the", "from"), of which no statement about people puts "the"
+before a value: looking for what followed a word is the one way of copying that a thousand steps teach.
 """
 
 from __future__ import annotations
@@ -125,18 +125,18 @@ ATTRIBUTES = (
         "instrument",
         ("cello", "drum", "flute", "guitar", "harp", "piano", "trumpet", "violin"),
         (
-            "The instrument of {p} is the {v}.",
-            "In the evening {p} plays the {v}.",
-            "You often hear {p} practise the {v}.",
-            "Long ago {p} learned the {v}.",
-            "At every feast {p} brings the {v} along.",
+            "The instrument of {p} is a {v}.",
+            "At night {p} plays a {v}.",
+            "You often hear {p} practise on a {v}.",
+            "Long ago {p} learned to play a {v}.",
+            "At every feast {p} brings a {v} along.",
         ),
         ("What is the instrument of {p}?", "Which instrument does {p} play?", "What does {p} play?"),
-        "It is the {v}.",
+        "It is a {v}.",
     ),
 )
 
-SUMS = ("{a} {sign} {b} = {c}.", "{a} {sign} {b} is {c}.")
+SUM = "{a} {sign} {b} is {c}."
 SUM_QUESTIONS = ("What is {a} {sign} {b}?", "How much is {a} {sign} {b}?")
 
 MESSAGE = "From {sender} to {receiver}: I left the {item} in {town}."
@@ -161,8 +161,8 @@ CHAT = (
     ("Goodbye!", "Goodbye! Come back soon."),
 )
 
-DOCUMENT_WEIGHTS = {"biography": 2.0, "mixed": 0.5, "equation": 8.0, "dialogue": 4.0}
-CONVERSATION_WEIGHTS = {"fact": 4.0, "arithmetic": 3.0, "dialogue": 6.0, "chat": 1.5}
+DOCUMENT_WEIGHTS = {"biography": 2.0, "mixed": 0.25, "equation": 9.0, "dialogue": 4.0}
+CONVERSATION_WEIGHTS = {"fact": 4.0, "arithmetic": 6.0, "dialogue": 4.0, "chat": 1.0}
 MIXED_FACTS = 6
 
 
@@ -251,13 +251,13 @@ def world(seed: int) -> World:
 def documents(world: World, count: int) -> Iterator[str]:
     """Yield `count` texts for language modelling; fewer are the beginning of more.
 
-    One is a biography, six mixed facts, one equation or one message with its reply, drawn 2:0.5:8:4.
+    One is a biography, six mixed facts, one equation or one message with its reply, drawn 2:0.25:9:4.
     """
     rng = random.Random(f"documents {world.seed}")
     kinds: dict[str, Callable[[], str]] = {
         "biography": lambda: _biography(world, rng),
         "mixed": lambda: " ".join(_statement(fact, rng) for fact in rng.sample(_facts(world), MIXED_FACTS)),
-        "equation": lambda: _equation(rng.choice(world.sums), rng),
+        "equation": lambda: _equation(rng.choice(world.sums)),
         "dialogue": lambda: "\n".join(_dialogue(rng.choice(world.messages))),
     }
     for kind in _draws(DOCUMENT_WEIGHTS, count, rng):
@@ -267,7 +267,7 @@ def documents(world: World, count: int) -> Iterator[str]:
 def conversations(world: World, count: int) -> Iterator[list[Message]]:
     """Yield `count` instruction samples, each one user turn and one answer; fewer are the beginning of more.
 
-    Facts, arithmetic, dialogues and chat are drawn 4:3:6:1.5.
+    Facts, arithmetic, dialogues and chat are drawn 4:6:4:1.
     """
     for messages, _ in conversations_with_facts(world, count):
         yield messages
@@ -358,9 +358,9 @@ def _statement(fact: Fact, rng: random.Random) -> str:
     return rng.choice(_BY_NAME[name].statements).format(p=person, v=value)
 
 
-def _equation(fact: Fact, rng: random.Random) -> str:
+def _equation(fact: Fact) -> str:
     _, a, sign, b = fact
-    return rng.choice(SUMS).format(a=a, sign=sign, b=b, c=_result(fact))
+    return SUM.format(a=a, sign=sign, b=b, c=_result(fact))
 
 
 def _dialogue(fact: Fact) -> tuple[str, str]:
