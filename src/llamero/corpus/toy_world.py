@@ -9,9 +9,9 @@ whose facts no conversation holds:
 
 What a very small model needs is built in. The name stands before the value, and a value always follows a space, in
 statements and answers alike, because a byte-level vocabulary has different tokens for "blue" and " blue". Results have
-as many digits as what they come from, so that each digit is found at one distance. And whatever is asked of a message
-follows the same word in message, reply and answer ("in", "the", "from"), of which no statement about people puts "the"
-before a value: looking for what followed a word is the one way of copying that a thousand steps teach.
+as many digits as what they come from, so that each digit is found at one distance. Whatever is asked of a message
+follows the same word in message, reply and answer ("in", "the", "from"). And towns and items of messages are those of
+people, because words that are known already as one kind are the sooner found and copied.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ Simon Stella Tara Theo Tilda Tobias Tessa Ulla Uma Vera Vito Wanda Wilma Xenia Y
 """
 PEOPLE = tuple(_NAMES.split())
 SENDERS = ("Anna", "Ben", "Carl", "Dina", "Eva", "Fred", "Greta", "Hans")
-ITEMS = ("lamp", "key", "book", "map", "coat", "bell", "rope", "bag")
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,19 @@ TOWN = Attribute(
     ),
     ("What is the town of {p}?", "In which town does {p} live?", "Where is the home of {p}?"),
     "It is {v}.",
+)
+INSTRUMENT = Attribute(
+    "instrument",
+    ("cello", "drum", "flute", "guitar", "harp", "piano", "trumpet", "violin"),
+    (
+        "The instrument of {p} is a {v}.",
+        "At night {p} plays a {v}.",
+        "You often hear {p} practise on a {v}.",
+        "Long ago {p} learned to play a {v}.",
+        "At every feast {p} brings a {v} along.",
+    ),
+    ("What is the instrument of {p}?", "Which instrument does {p} play?", "What does {p} play?"),
+    "It is a {v}.",
 )
 ATTRIBUTES = (
     Attribute(
@@ -121,19 +133,7 @@ ATTRIBUTES = (
         ("What is the favourite colour of {p}?", "Which colour does {p} like?", "Which colour does {p} love?"),
         "It is {v}.",
     ),
-    Attribute(
-        "instrument",
-        ("cello", "drum", "flute", "guitar", "harp", "piano", "trumpet", "violin"),
-        (
-            "The instrument of {p} is a {v}.",
-            "At night {p} plays a {v}.",
-            "You often hear {p} practise on a {v}.",
-            "Long ago {p} learned to play a {v}.",
-            "At every feast {p} brings a {v} along.",
-        ),
-        ("What is the instrument of {p}?", "Which instrument does {p} play?", "What does {p} play?"),
-        "It is a {v}.",
-    ),
+    INSTRUMENT,
 )
 
 SUM = "{a} {sign} {b} is {c}."
@@ -149,7 +149,7 @@ MESSAGE_QUESTIONS = (
     ("sender", "Who is the {item} from?", "It is from {v}."),
     ("sender", "Who is the message from?", "It is from {v}."),
 )
-MESSAGE_VALUES = {"town": TOWN.values, "item": ITEMS, "sender": SENDERS}
+MESSAGE_VALUES = {"town": TOWN.values, "item": INSTRUMENT.values, "sender": SENDERS}
 
 CHAT = (
     ("Hello!", "Hello! What would you like to know?"),
@@ -232,7 +232,7 @@ def world(seed: int) -> World:
     held_out_sums = frozenset(rng.sample(_all_sums(), NUM_HELD_OUT_SUMS))
     messages = [
         ("dialogue", sender, receiver, item, town)
-        for sender, receiver, item, town in product(SENDERS, SENDERS, ITEMS, TOWN.values)
+        for sender, receiver, item, town in product(SENDERS, SENDERS, INSTRUMENT.values, TOWN.values)
         if sender != receiver
     ]
     rng.shuffle(messages)
