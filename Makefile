@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/llamero run recipes/quickstart.yaml
-	$(BIN)/llamero generate runs/quickstart/release/quickstart "In which town does Asa live?" --temperature 0
+	$(BIN)/llamero generate runs/quickstart/release/quickstart "How much is 36 + 1?" --temperature 0
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2

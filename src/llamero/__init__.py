@@ -34,9 +34,12 @@ def load_model(
         LlameroError: The directory is not a model, or not one that we understand in full.
     """
     from llamero.core.download import resolve_model
+    from llamero.core.errors import LlameroError, did_you_mean
     from llamero.model.load import DTYPES
     from llamero.model.load import load_model as load
 
+    if dtype is not None and dtype not in DTYPES:
+        raise LlameroError(f"unknown dtype `{dtype}`", fix=did_you_mean(dtype, DTYPES))
     return load(resolve_model(path), dtype=None if dtype is None else DTYPES[dtype], device=device)
 
 

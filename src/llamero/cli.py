@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from rich.table import Table
 
 from llamero.core import progress
 from llamero.core.errors import LlameroError
-from llamero.core.interrupt import Interrupted
+from llamero.core.interrupt import Deferred, Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +50,7 @@ app = App(
     name="llamero",
     help="From a Llama's base weights to a published, measured, served release: one recipe in.",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `main` says what is kept
 )
 
 Override = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False, negative=())]
@@ -73,6 +76,7 @@ def run(
 
     parsed = load(recipe, set_)
     target = out_dir or Path("runs") / parsed.name
+    _import_uninterrupted("llamero.model.load")
     with _Bars():
         outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=_say_row)
     _say_outcome(outcome)
@@ -165,6 +169,9 @@ def evaluate(
     }
     task = named(tasks, {key: value for key, value in given.items() if value is not None})
     directory = resolve_model(model)
+    if json is not None and not json.resolve().parent.is_dir():
+        raise LlameroError("there is no such directory to write to", where=json.parent)
+    _import_uninterrupted("llamero.evaluate.run")
     from llamero.evaluate.run import run as measure
 
     with _Bars():
@@ -217,13 +224,19 @@ def quantize(
     taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
     if taken:
         raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
+    _import_uninterrupted("llamero.quantize.run")
     from llamero.quantize.run import run as make
     from llamero.quantize.sequences import from_text
     from llamero.text.tokenizer import load_tokenizer
 
+    partial = {name: out_dir / f"{name}.partial" for name in config.variants}
+    for path in partial.values():
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
     with _Bars(), disk_errors_named(out_dir):
         sequences = from_text(text, load_tokenizer(directory), config.calibration)
-        reports = make(config, model=directory, out=lambda variant: out_dir / variant.name, tokens=sequences)
+        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=sequences)
+    for name, path in partial.items():
+        path.rename(out_dir / name)
     table = Table("variant", "size", "bits per weight", "error per weight")
     for report in reports:
         bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
@@ -241,14 +254,14 @@ class Answering:
     """System message."""
     template: str = "auto"
     """Chat template; auto is the model's own."""
-    temperature: float = 0.7
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens up to this probability."""
-    top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes repetition less likely."""
+    temperature: float | None = None
+    """0 is greedy; by default what the model's generation_config.json says, else 0.7."""
+    top_p: float | None = None
+    """Keep the likeliest tokens up to this probability; by default as the model says, else 1."""
+    top_k: int | None = None
+    """Keep this many of the likeliest tokens, 0 keeps all; by default as the model says, else 0."""
+    repetition_penalty: float | None = None
+    """Above 1 makes repetition less likely; by default as the model says, else 1."""
     max_new_tokens: int = 512
     """Longest answer."""
     seed: int = 0
@@ -256,25 +269,27 @@ class Answering:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision to compute in."""
 
-    def sampling(self) -> Sampling:
-        """Return how tokens are chosen."""
-        from llamero.infer.sampler import Sampling
+    def sampling(self, directory: Path) -> Sampling:
+        """Return how tokens are chosen: as asked, else as the model's directory says."""
+        from llamero.infer.chat import sampling_of
 
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-        )
+        asked = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        said = {key: value for key, value in asked.items() if value is not None}
+        return sampling_of(directory, said, max_new_tokens=self.max_new_tokens, seed=self.seed)
 
-    def load(self, model: str) -> tuple[Llama, Tokenizer]:
+    def load(self, model: Path) -> tuple[Llama, Tokenizer]:
         """Return a model and its tokenizer."""
         import llamero
+        from llamero.infer.context import check_tokenizer
 
         with _Bars():
             loaded, tokenizer = llamero.load_model(model, dtype=self.dtype), llamero.load_tokenizer(model)
+        check_tokenizer(loaded, tokenizer, where=model)
         size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
         unit = 1 if sys.platform == "darwin" else 1024  # systems differ in what they count
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -302,10 +317,13 @@ def generate(
     raw
         Continue the prompt as it is, without a template.
     """
+    _import_uninterrupted("llamero.infer.chat")
+    from llamero.core.download import resolve_model
     from llamero.infer.chat import Chat, continue_text
 
-    sampling = answering.sampling()
-    loaded, tokenizer = answering.load(model)
+    directory = resolve_model(model)
+    sampling = answering.sampling(directory)
+    loaded, tokenizer = answering.load(directory)
     said = sys.stdin.read() if prompt is None else prompt
     if raw:
         pieces = continue_text(loaded, tokenizer, said, sampling)
@@ -320,10 +338,13 @@ def generate(
 @app.command
 def chat(model: Model, *, answering: Answering = _AS_USUAL) -> None:
     """Talk with a model. /system TEXT, /reset and /quit are commands; Ctrl-C stops an answer, Ctrl-D ends."""
+    _import_uninterrupted("llamero.infer.chat")
+    from llamero.core.download import resolve_model
     from llamero.infer.chat import Chat
 
-    sampling = answering.sampling()
-    loaded, tokenizer = answering.load(model)
+    directory = resolve_model(model)
+    sampling = answering.sampling(directory)
+    loaded, tokenizer = answering.load(directory)
     talk = Chat(loaded, tokenizer, template=answering.template, system=answering.system)
     while True:
         try:
@@ -376,6 +397,14 @@ def watch(
     out.print(f"{steps} steps shown")
     if to == "tensorboard":
         out.print(f"look at them: tensorboard --logdir {run_dir / 'tensorboard'}")
+
+
+def _import_uninterrupted(module: str) -> None:
+    """Import what takes a second; a Ctrl-C in the middle of it would be lost in some library."""
+    with Deferred() as stop:
+        importlib.import_module(module)
+    if stop.asked:
+        raise KeyboardInterrupt
 
 
 # -- what people see
@@ -497,6 +526,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         _say_error(error)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        _say_error(LlameroError(str(error.strerror), where=error.filename))
         sys.exit(2)
     except Interrupted as stopped:
         err.print(f"stopped: {stopped}. Run the same command again to go on.", highlight=False)

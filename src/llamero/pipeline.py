@@ -21,6 +21,7 @@ from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
 from llamero.evaluate.config import EvaluateConfig
 from llamero.quantize.config import QuantizeConfig
+from llamero.recipe.fit import refuse_what_does_not_fit
 from llamero.recipe.schema import Recipe, ScratchConfig
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Plan:
     def __post_init__(self) -> None:
         self._digest = ContentDigests(_memory(self.out))
         self._base = self._resolve_base()
+        refuse_what_does_not_fit(self.recipe, self._base)
         self.tokenizer = self._plan_tokenizer()
         self.data = {name: self._plan_data(name, self.recipe.data.mixtures[name]) for name in self._mixtures_used()}
         self._plan_training()

@@ -26,7 +26,7 @@ quantize:
   variants: [gptq-4bit-16g-actorder_True, rtn-4bit-16g]
 evaluate:
   - {tasks: toy_world}
-  - {tasks: perplexity, texts: {page: page.txt}, models: [final]}
+  - {tasks: perplexity, texts: {page: page.txt}, models: [final], window: 32, stride: 16}
 publish: {license: apache-2.0}
 """
 
@@ -74,7 +74,7 @@ def test_the_whole_way_is_known_before_anything_runs(digests):
 
 
 @pytest.mark.parametrize(
-    "override", ["parallel.device=cpu", "parallel.micro_batch=1", "train.sft.save_every=1", "train.sft.eval_every=1"]
+    "override", ["parallel.device=cpu", "parallel.micro_batch=1", "train.sft.save_every=1", "train.lm.eval_every=1"]
 )
 def test_what_does_not_decide_the_result_changes_no_name(digests, override):
     before, after = digests(), digests(override)
@@ -89,8 +89,8 @@ def test_a_later_stage_changes_only_what_comes_after(digests):
 
 
 def test_one_variant_more_leaves_the_others(digests):
-    more = "quantize.variants=[gptq-4bit-16g-actorder_True, rtn-4bit-16g, rtn-4bit-32g]"
-    assert changed(digests(), digests(more)) == {"rtn-4bit-32g", "evaluate-toy_world-rtn-4bit-32g", "release"}
+    more = "quantize.variants=[gptq-4bit-16g-actorder_True, rtn-4bit-16g, rtn-3bit-16g]"
+    assert changed(digests(), digests(more)) == {"rtn-3bit-16g", "evaluate-toy_world-rtn-3bit-16g", "release"}
 
 
 def test_the_seed_changes_all_that_is_drawn(digests):

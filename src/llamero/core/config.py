@@ -33,5 +33,7 @@ def parse(kind: Any, keys: Mapping[str, object]) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise LlameroError(f"`{place}` is not an option of this") from error
         text = first["msg"].removeprefix("Value error, ")
         raise LlameroError(f"{place}: {text[:1].lower()}{text[1:]} (got {first['input']!r})") from error

@@ -35,6 +35,9 @@ Fact = tuple[str, ...]
 Message = dict[str, str]
 """`role` and `content`."""
 
+VERSION = 2
+"""Raised when the same seed makes another world, so that what was made from the older one is made again."""
+
 NUM_PEOPLE = 80
 TWO_DIGITS = range(10, 100)
 NUM_HELD_OUT_SUMS = 140

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from llamero.core.config import Strict
+from llamero.corpus import toy_world
 
 Layout = Literal["alpaca", "alpaca-rendered", "orca", "sharegpt", "messages", "pair", "text"]
 
@@ -73,6 +74,10 @@ class ToyWorldSource(_Source):
     def source(self) -> str:
         """Return the name of the source, in reports."""
         return f"toy_world {self.toy_world}"
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the samples."""
+        return {**super().decides(), "version": toy_world.VERSION}
 
 
 _KINDS: dict[str, type[_Source]] = {"toy_world": ToyWorldSource, "source": FileSource}

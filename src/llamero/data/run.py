@@ -47,8 +47,11 @@ def prepare_tokenizer(
     else:
         base = load_tokenizer(start)
     tokenizer = base.with_tokens(data.extra_tokens)
-    tokenizer.save(out, chat_template=chat_template(template, tokenizer))
-    files.write_json(out / "generation_config.json", generation_config(template, tokenizer))
+    if template == "auto" and tokenizer.chat_template is None:
+        tokenizer.save(out)  # fine as long as nobody chats: rendering a chat says what is missing
+    else:
+        tokenizer.save(out, chat_template=chat_template(template, tokenizer))
+        files.write_json(out / "generation_config.json", generation_config(template, tokenizer))
     added = {token: tokenizer.id(token) for token in data.extra_tokens}
     files.write_json(out / "special_tokens.json", {t: tokenizer.id(t) for t in tokenizer.special_tokens})
     return {"size": len(tokenizer), "base_size": len(base), "extra_tokens": added, "digest": tokenizer.digest}
@@ -116,6 +119,8 @@ class _Encoder:
 
     def __init__(self, tokenizer: Tokenizer, template: str, min_assistant_tokens: int) -> None:
         self.tokenizer = tokenizer
+        unknown = None if tokenizer.unk is None else tokenizer.id(tokenizer.unk)
+        self.unknown = -1 if unknown is None else unknown  # no id is -1
         self._template, self._least = template, min_assistant_tokens
 
     def __call__(self, sample: Sample) -> tuple[list[int], list[int], int]:
@@ -175,7 +180,7 @@ def _encode_source(
             here[split].skipped["left out by weight"] += 1
             continue
         kept_for_validation += split == "val"
-        here[split].add(len(ids), supervised, copies=copies)
+        here[split].add(len(ids), supervised, copies=copies, unknown=ids.count(encoder.unknown))
         for _ in range(copies):
             yield split, ids, roles
     here["train"].skipped += reading.skipped

@@ -17,6 +17,8 @@ class SourceStats:
     """Further copies of them, where a source's weight takes samples more than once."""
     tokens: int = 0
     supervised_tokens: int = 0
+    unknown_tokens: int = 0
+    """Tokens that stand for text which the vocabulary cannot spell."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Samples left out, by reason."""
     shortest: int = 0
@@ -32,7 +34,7 @@ class SourceStats:
         """Return documents written: samples and their copies."""
         return self.accepted + self.repeated
 
-    def add(self, tokens: int, supervised: int, *, copies: int = 1) -> None:
+    def add(self, tokens: int, supervised: int, *, copies: int = 1, unknown: int = 0) -> None:
         """Count an accepted sample that is written `copies` times."""
         self.shortest = tokens if self.accepted == 0 else min(self.shortest, tokens)
         self.longest = max(self.longest, tokens)
@@ -40,6 +42,7 @@ class SourceStats:
         self.repeated += copies - 1
         self.tokens += copies * tokens
         self.supervised_tokens += copies * supervised
+        self.unknown_tokens += copies * unknown
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts."""
@@ -52,6 +55,7 @@ class SourceStats:
             "skipped": dict(self.skipped),
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
+            "unknown_tokens": self.unknown_tokens,
             "min_tokens": self.shortest,
             "max_tokens": self.longest,
             "avg_tokens": self.tokens / self.documents if self.documents else None,
@@ -66,6 +70,7 @@ def total(parts: list[SourceStats]) -> SourceStats:
     whole.repeated = sum(part.repeated for part in parts)
     whole.tokens = sum(part.tokens for part in parts)
     whole.supervised_tokens = sum(part.supervised_tokens for part in parts)
+    whole.unknown_tokens = sum(part.unknown_tokens for part in parts)
     whole.skipped = sum((part.skipped for part in parts), Counter())
     whole.shortest = min((part.shortest for part in filled), default=0)
     whole.longest = max((part.longest for part in filled), default=0)
@@ -94,6 +99,7 @@ def _block(part: SourceStats) -> str:
         *([f"  Repeated: {part.repeated}"] if part.repeated else []),
         f"  Accepted tokens: {part.tokens}",
         f"  Supervised tokens: {part.supervised_tokens}",
+        *([f"  Unknown tokens: {part.unknown_tokens}"] if part.unknown_tokens else []),
         f"  Skipped: {skipped} ({skipped / processed:.1%})",
         *(f"    {reason}: {count}" for reason, count in sorted(part.skipped.items())),
         f"  Min tokens per sample: {part.shortest}",

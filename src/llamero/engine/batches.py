@@ -49,7 +49,9 @@ class Report:
     """Inputs: every token of a document but its last."""
     supervised_tokens: int = 0
     dropped: int = 0
-    """Documents that were longer than the sequence, or have nothing to learn."""
+    """Documents that were longer than the sequence, under `overlong: drop`."""
+    nothing_to_learn: int = 0
+    """Documents without a supervised token, or that lost all of them with their end."""
     pieces_without_target: int = 0
     """Pieces of split documents that have nothing to learn, and are left out."""
     truncated: int = 0
@@ -163,7 +165,8 @@ class Batches:
             if len(roles) - 1 > stage.sequence:
                 cuts = self._shorten(number, roles, stage.policy, stage.sequence)
             kept = [(a, b) for a, b in cuts if self._weight[roles[a + 1 : b]].any()]
-            report.dropped += not kept
+            report.dropped += not cuts
+            report.nothing_to_learn += bool(cuts) and not kept
             report.pieces_without_target += len(cuts) - len(kept) if kept else 0
             report.tokens += sum(b - a - 1 for a, b in kept)
             report.supervised_tokens += int(sum(np.count_nonzero(self._weight[roles[a + 1 : b]]) for a, b in kept))

@@ -44,7 +44,8 @@ class StageConfig(Strict):
     """Tokens of a packed row."""
     overlong: Overlong | None = None
     """What happens to a sample longer than `sequence`: `error` (the default for sft), `drop`, `truncate`,
-    or `split` (the default for lm: nothing is lost; chats are cut before a user's turn)."""
+    or `split` (the default for lm: every token of a text stays a target; chats are cut before a user's turn, and a
+    turn that is longer by itself loses its end). All of it is counted."""
     batch: int = Field(default=64, gt=0)
     """Packed rows of a step, over all devices and accumulation steps."""
 

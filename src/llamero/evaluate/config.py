@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from llamero.core.config import Strict, parse
 from llamero.core.errors import LlameroError, did_you_mean
+from llamero.corpus import toy_world
 
 
 class _Task(Strict):
@@ -65,6 +66,10 @@ class ToyWorldTask(_Task):
     """Which world."""
     per_category: int = Field(default=200, gt=0)
     """Questions of each category."""
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the result."""
+        return {**super().decides(), "version": toy_world.VERSION}
 
 
 class PerplexityTask(_Task):

@@ -17,6 +17,7 @@ from llamero.evaluate import choices, h4
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
 from llamero.infer import score
 from llamero.infer.chat import Chat
+from llamero.infer.context import check_tokenizer
 from llamero.infer.sampler import Sampling
 from llamero.infer.score import Window
 from llamero.model.llama import Llama
@@ -73,7 +74,9 @@ def run(
         device: Where to compute.
     """
     loaded = load_model(model, dtype=torch.float32, device=device)
-    subject = Subject(name, loaded, load_tokenizer(model), template, root, reference, mixtures or {})
+    tokenizer = load_tokenizer(model)
+    check_tokenizer(loaded, tokenizer, where=model)
+    subject = Subject(name, loaded, tokenizer, template, root, reference, mixtures or {})
     with torch.inference_mode():
         return TASKS[type(task)](task, subject)
 

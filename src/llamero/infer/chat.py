@@ -1,8 +1,11 @@
 """A conversation with a model: what people say is rendered, what it answers is streamed and remembered."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from llamero.checkpoint import hf
+from llamero.core.errors import LlameroError
 from llamero.infer.generate import Request, events
 from llamero.infer.sampler import Sampling
 from llamero.model.llama import Llama
@@ -30,7 +33,7 @@ class Chat:
 
     def answer(self, said: str, sampling: Sampling) -> Iterator[str]:
         """Yield the answer piece by piece; one that is broken off is not remembered, nor what it answers."""
-        asked = [*self.messages, Message("user", said)]
+        asked = [*self.messages, Message("user", _text(said))]
         prompt = render(asked, self._template, self._tokenizer, add_generation_prompt=True).ids
         pieces: list[str] = []
         for piece in self._stream(prompt, sampling):
@@ -53,4 +56,29 @@ def continue_text(model: Llama, tokenizer: Tokenizer, text: str, sampling: Sampl
     """Yield how a model goes on from plain text, with no template; the end-of-text token ends it."""
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
-    return stream(model, tokenizer, (*head, *tokenizer.encode(text)), replace(sampling, stop_ids=stop))
+    return stream(model, tokenizer, (*head, *tokenizer.encode(_text(text))), replace(sampling, stop_ids=stop))
+
+
+def sampling_of(directory: Path, asked: Mapping[str, float], *, max_new_tokens: int, seed: int) -> Sampling:
+    """Return how to choose tokens: as asked, else as a model's generation_config.json says, else at 0.7.
+
+    Args:
+        directory: Of the model.
+        asked: `temperature`, `top_p`, `top_k`, `repetition_penalty`, as far as somebody said them.
+        max_new_tokens: Longest answer.
+        seed: Of the draws.
+    """
+    path = directory / "generation_config.json"
+    written = hf.read_json(path) if path.exists() else {}
+    keys = ("temperature", "top_p", "top_k", "repetition_penalty")
+    said = {key: written[key] for key in keys if written.get(key) is not None}
+    return Sampling(max_new_tokens=max_new_tokens, seed=seed, **{"temperature": 0.7, **said, **asked})
+
+
+def _text(said: str) -> str:
+    """Return what somebody said, if it is whole characters."""
+    try:
+        said.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LlameroError(f"the prompt is not UTF-8 text (at character {error.start})") from error
+    return said

@@ -1,6 +1,7 @@
 """How many tokens a model takes, and which rotation each of them gets when sequences meet in one forward pass."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
 from llamero.model.rope import Dynamic, Linear, Yarn
+from llamero.text.tokenizer import Tokenizer
 
 
 def context_length(config: LlamaConfig) -> int:
@@ -77,4 +79,17 @@ def check_ids(model: Llama, ids: Sequence[int], *, where: str) -> None:
             f"token {bad[0]} is outside the model's vocabulary of {vocabulary}",
             where=where,
             fix="use the tokenizer that belongs to the model",
+        )
+
+
+def check_tokenizer(model: Llama, tokenizer: Tokenizer, *, where: str | Path) -> None:
+    """Refuse a tokenizer with ordinary tokens that the model has no row for; special ones may be left unused."""
+    rows = model.config.vocab_size
+    special = {tokenizer.id(token) for token in tokenizer.special_tokens}
+    beyond = [id for id in range(rows, len(tokenizer)) if id not in special]
+    if beyond:
+        raise LlameroError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model has rows for {rows}: it belongs to another model",
+            where=where,
+            fix="use the tokenizer that came with the model",
         )

@@ -41,7 +41,12 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters |= {"count": markdown.count, "size": markdown.size, "plural": markdown.plural}
+_ENVIRONMENT.filters |= {
+    "count": markdown.count,
+    "size": markdown.size,
+    "plural": markdown.plural,
+    "fence": markdown.fence,
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Prompt:
 
     name: str
     text: str
+    alone: str
+    """The same without a system message."""
     system: bool
     """The template has a place for a system message."""
 
@@ -88,9 +95,9 @@ def read_prompt(directory: Path, template: str) -> Prompt | None:
     name = "the model's own" if template == "auto" else template
     alone = render([asked], way, tokenizer, add_generation_prompt=True).text
     try:
-        return Prompt(name, render([told, asked], way, tokenizer, add_generation_prompt=True).text, system=True)
+        return Prompt(name, render([told, asked], way, tokenizer, add_generation_prompt=True).text, alone, system=True)
     except LlameroError:  # a model's own template may refuse system messages, and the card says so
-        return Prompt(name, alone, system=False)
+        return Prompt(name, alone, alone, system=False)
 
 
 @dataclass(frozen=True)

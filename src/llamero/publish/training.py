@@ -72,7 +72,9 @@ def _packing(name: str, config: StageConfig, packing: Mapping[str, float]) -> st
 def _lost(packing: Mapping[str, float]) -> Iterator[str]:
     numbers = {key: int(value) for key, value in packing.items() if key != "fill"}
     if numbers["dropped"]:
-        yield f"{count(numbers['dropped'])} dropped (too long, or nothing to learn)"
+        yield f"{count(numbers['dropped'])} dropped (too long)"
+    if numbers["nothing_to_learn"]:
+        yield f"{count(numbers['nothing_to_learn'])} left out (nothing to learn)"
     if numbers["too_short"]:
         yield f"{count(numbers['too_short'])} left out as shorter than two tokens"
     if numbers["truncated"]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llamero.core.errors import LlameroError
 from llamero.corpus import megatron, sources
+from llamero.corpus.sources import BadRowError, Document
 from llamero.quantize.config import Calibration
 from llamero.text.tokenizer import Tokenizer
 
@@ -28,9 +29,19 @@ def from_mixture(directory: Path, config: Calibration) -> list[Int[Tensor, " tim
 
 def from_text(path: Path, tokenizer: Tokenizer, config: Calibration) -> list[Int[Tensor, " time"]]:
     """Return the beginning of a text file, cut into sequences."""
-    texts = (located.row["text"] for located in sources.rows(path) if located.row is not None)
-    ids = np.asarray([id for text in texts for id in tokenizer.encode(text)], dtype=np.int64)
-    return _cut(ids, config, where=path)
+    read = sources.layout_named("text").read
+    ids: list[int] = []
+    for located in sources.rows(path):
+        try:
+            sample = read(located.row) if located.row is not None else None
+        except BadRowError as error:
+            raise LlameroError(
+                str(error), where=located.where, fix="give rows with a `text`, or a .txt file"
+            ) from error
+        if not isinstance(sample, Document):
+            raise LlameroError(located.problem, where=located.where, fix="mend the file")
+        ids += tokenizer.encode(sample.text)
+    return _cut(np.asarray(ids, dtype=np.int64), config, where=path)
 
 
 def _cut(ids: np.ndarray, config: Calibration, *, where: Path) -> list[Int[Tensor, " time"]]:

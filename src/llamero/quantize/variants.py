@@ -65,7 +65,9 @@ def parse(name: str, *, sym: bool = True) -> Variant:
     else:
         method, found = "rtn", _RTN_NAME.fullmatch(name)
     if found is None:
-        raise LlameroError(f"unknown variant `{name}`", fix=did_you_mean(name, EXAMPLES))
+        like = [example for example in EXAMPLES if example.startswith(name)]
+        fix = f"one of: {', '.join(like)}" if like else did_you_mean(name, EXAMPLES)
+        raise LlameroError(f"unknown variant `{name}`", fix=fix)
     bits, group_size = int(found["bits"]), int(found["group"])
     if bits not in BITS:
         raise LlameroError(f"variant `{name}`: {bits} bits", fix="GPTQ files hold 2, 3, 4 or 8 bits")

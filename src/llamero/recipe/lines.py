@@ -30,6 +30,8 @@ class Source:
             raise LlameroError(
                 "no such recipe", where=path, fix="`llamero run recipes/quickstart.yaml` is one"
             ) from error
+        except IsADirectoryError as error:
+            raise LlameroError("a recipe is a file, this is a directory", where=path) from error
         except UnicodeDecodeError as error:
             raise LlameroError(f"not UTF-8 text: {error.reason}", where=path) from error
         except yaml.MarkedYAMLError as error:

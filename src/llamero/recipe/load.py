@@ -42,11 +42,18 @@ def _apply(value: Any, override: str) -> None:
     for key in path:
         value = _step(value, key, override)
     if isinstance(value, list):
-        value[_index(value, last, override)] = yaml.safe_load(text)
+        value[_index(value, last, override)] = _value(text, override)
     elif isinstance(value, dict):
-        value[last] = yaml.safe_load(text)
+        value[last] = _value(text, override)
     else:
         raise LlameroError(f"`--set {override}`: there is nothing below `{'.'.join(path)}`")
+
+
+def _value(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LlameroError(f"`--set {override}`: the value is not YAML", fix="quote it") from error
 
 
 def _step(value: Any, key: str, override: str) -> Any:
@@ -86,11 +93,17 @@ def _explain(error: ValidationError, source: Source) -> LlameroError:
     elif first["type"] == "union_tag_invalid":
         text = f"unknown {context['discriminator']} `{context['tag']}`"
         fix = did_you_mean(context["tag"], [name.strip(" '") for name in context["expected_tags"].split(",")])
+    elif first["type"] == "union_tag_not_found":
+        text, got, fix = f"{context['discriminator']} is missing", "", f"add {context['discriminator']}"
     elif first["type"] == "missing" and place:
         fix = f"add `{place[-1]}`"
     key = ".".join(_keys(place, source.value)) or "recipe"
     more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
     return LlameroError(f"{key}: {text}{got}{more}", where=f"{source.path}:{source.line(place)}", fix=fix)
+
+
+_KINDS = {"Model", "ScratchConfig", "FileSource", "ToyWorldSource"}
+"""Names of kinds that pydantic puts into a location."""
 
 
 def _keys(place: Sequence[Any], value: Any) -> list[str]:
@@ -99,7 +112,7 @@ def _keys(place: Sequence[Any], value: Any) -> list[str]:
     for number, part in enumerate(place):
         if (isinstance(value, list) and isinstance(part, int)) or (isinstance(value, dict) and part in value):
             value = value[part]
-        elif number != len(place) - 1:  # the last is the key in question, whether it is there or not
+        elif number != len(place) - 1 or part in _KINDS:  # the last is the key in question, there or not
             continue
         keys.append(str(part))
     return keys

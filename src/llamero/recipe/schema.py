@@ -83,20 +83,45 @@ class Recipe(Strict):
         if self.quantize and self.quantize.calibration.mixture is not None:
             _known(self.quantize.calibration.mixture, mixtures, ("quantize", "calibration", "mixture"), "mixture")
         self._measured_models_are_known(stages)
+        self._validation_is_there()
+        if self.publish and not self.train and (self.template != "auto" or self.data.extra_tokens):
+            raise _wrong(
+                ("template",),
+                "without a training stage the base is released as it is, with its own template and vocabulary",
+                "remove `template` and `data.extra_tokens`, or train",
+            )
         return self
+
+    def _validation_is_there(self) -> None:
+        """Refuse what reads validation samples of a mixture that keeps none, or that a base cannot read."""
+        keeps = {name for name, m in self.data.mixtures.items() if any(source.val_split for source in m.sources)}
+        fix = "give a source of it `val_split`"
+        for number, stage in enumerate(self.train):
+            if stage.eval_every and stage.mixture not in keeps:
+                problem = f"mixture `{stage.mixture}` keeps no validation samples"
+                raise _wrong(("train", number, "eval_every"), problem, fix)
+        for number, task in enumerate(self.evaluate):
+            for mixture in task.mixtures:
+                if mixture not in keeps:
+                    raise _wrong(("evaluate", number), f"mixture `{mixture}` keeps no validation samples", fix)
+            if task.mixtures and "base" in task.models and isinstance(self.base, str) and self.data.extra_tokens:
+                problem = "the base does not have `data.extra_tokens`, so it cannot read this mixture"
+                raise _wrong(("evaluate", number), problem, "set `models: [final, variants]`")
 
     def _measured_models_are_known(self, stages: Sequence[str]) -> None:
         models = {*stages, "base", "final", "variants", *(self.quantize.variants if self.quantize else ())}
         for number, task in enumerate(self.evaluate):
             for model in task.models:
                 _known(model, models, ("evaluate", number, "models"), "model")
+            if set(task.models) == {"variants"} and not self.quantize:
+                raise _wrong(("evaluate", number, "models"), "there are no variants to measure", "add `quantize:`")
             for mixture in task.mixtures:
                 _known(mixture, self.data.mixtures, ("evaluate", number), "mixture")
 
 
 def _known(name: str, names: Collection[str], place: Place, what: str) -> None:
     if name not in names:
-        raise _wrong(place, f"there is no {what} `{name}`", did_you_mean(name, names) if names else f"add a {what}")
+        raise _wrong(place, f"there is no {what} `{name}`", did_you_mean(name, names) if names else f"add one: {what}")
 
 
 def _wrong(place: Place, problem: str, fix: str) -> PydanticCustomError:

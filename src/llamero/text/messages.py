@@ -76,6 +76,9 @@ def as_messages(conversation: Sequence[Message | Mapping[str, str]]) -> list[Mes
                     where=f"message {index}",
                     fix='write {"role": "user", "content": "…"}',
                 )
+            if not isinstance(message["content"], str):
+                said = type(message["content"]).__name__
+                raise LlameroError(f"`content` must be text, is {said}", where=f"message {index}")
             message = Message(cast("Speaker", message["role"]), message["content"])
         if message.role not in get_args(Speaker):
             raise LlameroError(

@@ -87,6 +87,8 @@ def run(
 
 def device(parallel: ParallelConfig) -> torch.device:
     """Return the device to work on."""
+    if parallel.device.startswith("cuda") and not torch.cuda.is_available():
+        raise LlameroError("there is no CUDA device", where="parallel.device", fix="set it to `auto` or `cpu`")
     if parallel.device != "auto":
         return torch.device(parallel.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -217,7 +217,7 @@ def test_a_long_text_is_cut_so_that_no_target_is_lost(length, limit):
 def test_documents_are_counted_once_whatever_became_of_them():
     made = batches([[], [A], [U, U], [U, A]])
     report = made.report
-    assert (report.documents, report.too_short, report.dropped, report.rows) == (4, 2, 1, 1)
+    assert (report.documents, report.too_short, report.nothing_to_learn, report.rows) == (4, 2, 1, 1)
 
 
 def test_nothing_to_learn_is_an_error():

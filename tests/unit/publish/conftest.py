@@ -27,7 +27,8 @@ STAGES = (
     StageConfig(name="chat", mixture="talk", sequence=256, batch=32, steps=60, lr=3e-4, min_lr=3e-5),
 )
 PACKING = {
-    "documents": 5000, "tokens": 9000, "supervised_tokens": 4000, "dropped": 0, "pieces_without_target": 0,
+    "documents": 5000, "tokens": 9000, "supervised_tokens": 4000, "dropped": 0, "nothing_to_learn": 0,
+    "pieces_without_target": 0,
     "truncated": 0, "truncated_tokens": 0, "split": 0, "too_short": 0, "rows": 320, "fill": 0.973,
 }  # fmt: skip
 VARIANTS = {

@@ -56,7 +56,7 @@ def test_a_config_gives_variants():
 @pytest.mark.parametrize(
     ("variants", "calibration", "says"),
     [
-        (["gptq-4bit-128g"], {"mixture": "chat"}, "did you mean"),
+        (["gptq-4bit-128g"], {"mixture": "chat"}, "gptq-4bit-128g-actorder_True, gptq-4bit-128g-actorder_static"),
         (["rtn-4bit-128g", "rtn-4bit-128g"], {"mixture": "chat"}, "listed twice"),
         ([], {"mixture": "chat"}, "at least 1"),
         (["rtn-4bit-128g"], {}, "either `mixture` or `text`"),

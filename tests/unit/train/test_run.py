@@ -137,6 +137,10 @@ def test_a_vocabulary_never_shrinks(train, tokenizer):
 
 
 def test_the_device_is_the_one_asked_for():
-    assert device(ParallelConfig(device="cuda:1")) == torch.device("cuda", 1)
+    if torch.cuda.is_available():
+        assert device(ParallelConfig(device="cuda:0")) == torch.device("cuda", 0)
+    else:
+        with pytest.raises(LlameroError, match="no CUDA device"):
+            device(ParallelConfig(device="cuda:1"))
     assert device(ParallelConfig(device="cpu")).type == "cpu"
     assert device(ParallelConfig()).type == ("cuda" if torch.cuda.is_available() else "cpu")

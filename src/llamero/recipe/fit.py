@@ -1,0 +1,100 @@
+"""Whether a recipe fits the model that it starts from: what can be known before the first step is refused here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llamero.core.errors import LlameroError
+from llamero.evaluate.config import PerplexityTask
+from llamero.recipe.schema import ScratchConfig
+from llamero.text.templates import TEMPLATES
+from llamero.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llamero.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    """What must be known of the base."""
+
+    context: int
+    """Tokens of its longest sequence."""
+    widths: frozenset[int]
+    """Input channels of its linear layers."""
+
+
+def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
+    """Refuse lengths beyond the context, groups that divide no width, and a template whose tokens are missing.
+
+    Args:
+        recipe: The recipe.
+        directory: Of the base; `None` if it does not exist yet.
+    """
+    base = _from_shape(recipe.base) if isinstance(recipe.base, ScratchConfig) else _from_directory(directory)
+    if base is not None:
+        _refuse_long(recipe, base)
+        _refuse_groups(recipe, base)
+    _refuse_missing_tokens(recipe, directory)
+
+
+def _from_shape(base: ScratchConfig) -> Base:
+    return Base(base.shape.context, frozenset({base.shape.hidden, base.shape.mlp}))
+
+
+def _from_directory(directory: Path | None) -> Base | None:
+    """Return what config.json says; a file that says less is refused where the model is loaded, with its reasons."""
+    if directory is None or not (directory / "config.json").is_file():
+        return None
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    keys = ("max_position_embeddings", "hidden_size", "intermediate_size")
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), int) for key in keys):
+        return None
+    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
+    inner = heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else config["hidden_size"]
+    return Base(config[keys[0]], frozenset({config[keys[1]], config[keys[2]], inner}))
+
+
+def _refuse_long(recipe: Recipe, base: Base) -> None:
+    lengths = {f"train.{stage.name}.sequence": stage.sequence for stage in recipe.train}
+    if recipe.quantize is not None:
+        lengths["quantize.calibration.sequence"] = recipe.quantize.calibration.sequence
+    for number, task in enumerate(recipe.evaluate):
+        if isinstance(task, PerplexityTask) and task.texts:
+            lengths[f"evaluate.{number}.window"] = task.window
+    for key, length in lengths.items():
+        if length > base.context:
+            raise LlameroError(
+                f"{length} tokens are more than the model's context of {base.context}", where=key, fix="lower it"
+            )
+
+
+def _refuse_groups(recipe: Recipe, base: Base) -> None:
+    for variant in recipe.quantize.parsed() if recipe.quantize is not None else ():
+        odd = [width for width in sorted(base.widths) if variant.group_size > 0 and width % variant.group_size]
+        if odd:
+            fitting = [size for size in (128, 64, 32, 16) if all(width % size == 0 for width in base.widths)]
+            raise LlameroError(
+                f"groups of {variant.group_size} do not divide a layer's {odd[0]} input channels",
+                where=f"quantize.variants: {variant.name}",
+                fix=f"use groups of {' or '.join(map(str, fitting))}, or -1" if fitting else "use -1 (the whole row)",
+            )
+
+
+def _refuse_missing_tokens(recipe: Recipe, directory: Path | None) -> None:
+    if recipe.template == "auto":
+        return
+    missing = [token for token in TEMPLATES[recipe.template].special if token not in recipe.data.extra_tokens]
+    if missing and directory is not None:
+        tokenizer = load_tokenizer(directory)
+        missing = [token for token in missing if tokenizer.id(token) is None]
+    if missing:
+        raise LlameroError(
+            f"template {recipe.template} needs the tokens {', '.join(missing)}, which the vocabulary does not have",
+            where="template",
+            fix=f"add them: data.extra_tokens: {json.dumps(missing)}",
+        )

@@ -1,0 +1,83 @@
+"""What cannot work with the base is refused before the first step."""
+
+import json
+
+import pytest
+
+from llamero.core.errors import LlameroError
+from llamero.recipe.fit import refuse_what_does_not_fit
+from llamero.recipe.load import load
+
+SCRATCH = """\
+name: small
+base:
+  shape: {hidden: 32, layers: 1, heads: 2, mlp: 48, context: 64}
+  vocabulary: {size: 300, mixture: world}
+template: chatml
+data:
+  extra_tokens: ["<|im_start|>", "<|im_end|>"]
+  mixtures:
+    world: {sources: [{toy_world: documents, count: 10}]}
+train: [{name: lm, objective: lm, mixture: world, sequence: 32, steps: 2}]
+quantize: {calibration: {mixture: world, sequence: 16, tokens: 64}, variants: [rtn-4bit-16g]}
+evaluate: [{tasks: perplexity, texts: {page: page.txt}, window: 32, stride: 16}]
+"""
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(SCRATCH)
+    return lambda *overrides: load(tmp_path / "recipe.yaml", overrides)
+
+
+def test_what_fits_passes(scratch):
+    refuse_what_does_not_fit(scratch(), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "problem", "fix"),
+    [
+        ("train.lm.sequence=65", "train.lm.sequence", "65 tokens are more than the model's context of 64", "lower it"),
+        ("quantize.calibration.sequence=64", None, "", ""),
+        ("evaluate.0.window=128", "evaluate.0.window", "128 tokens are more", "lower it"),
+        (
+            "quantize.variants=[rtn-4bit-32g]",
+            "quantize.variants: rtn-4bit-32g",
+            "groups of 32 do not divide a layer's 48 input channels",
+            "use groups of 16, or -1",
+        ),
+        ("data.extra_tokens=[]", "template", "needs the tokens <|im_start|>, <|im_end|>", "add them"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_key(scratch, override, where, problem, fix):
+    if where is None:
+        refuse_what_does_not_fit(scratch(override), None)
+        return
+    with pytest.raises(LlameroError, match=problem) as caught:
+        refuse_what_does_not_fit(scratch(override), None)
+    assert caught.value.where == where
+    assert fix in str(caught.value.fix)
+
+
+def test_a_base_on_disk_is_asked_for_its_context(scratch, tmp_path):
+    config = {"max_position_embeddings": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LlameroError, match="context of 16"):
+        refuse_what_does_not_fit(scratch("base=here"), tmp_path)
+
+
+RULES = [
+    ("evaluate=[{tasks: perplexity, validation: [world]}]", "mixture `world` keeps no validation samples"),
+    ("train.lm.eval_every=5", "mixture `world` keeps no validation samples"),
+    ("template=chatmll", "there is no template `chatmll`"),
+    ("evaluate.0.models=[variants]", None),
+]
+
+
+@pytest.mark.parametrize(("override", "problem"), RULES)
+def test_rules_between_parts_of_a_recipe(scratch, override, problem):
+    if problem is None:
+        scratch(override)
+        return
+    with pytest.raises(LlameroError, match=problem):
+        scratch(override)
