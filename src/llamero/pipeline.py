@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llamero.core import artifact, results
 from llamero.core.artifact import Artifact, Build, Identity
 from llamero.core.download import resolve_model
+from llamero.core.errors import LlameroError
 from llamero.core.files import ContentDigests
 from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
@@ -150,7 +151,7 @@ class Plan:
     def _files(self, mixture: MixtureConfig) -> dict[str, str]:
         """Return the digest of every file that a mixture reads; a hub data set is named, not digested."""
         paths = {role: path for source in mixture.sources for role, path in source.files.items()}
-        return {f"file {role}": self._digest(self.root / path) for role, path in paths.items()}
+        return {f"file {role}": self._content(path, f"source {role}") for role, path in paths.items()}
 
     def _plan_data(self, name: str, mixture: MixtureConfig) -> Identity:
         recipe = self.recipe
@@ -254,7 +255,7 @@ class Plan:
     def _calibration_parent(self, config: QuantizeConfig) -> dict[str, str]:
         if config.calibration.mixture is not None:
             return {"calibration": self.data[config.calibration.mixture].digest}
-        return {"calibration": self._digest(self.root / str(config.calibration.text))}
+        return {"calibration": self._content(str(config.calibration.text), "calibration text")}
 
     def _calibration(self, config: QuantizeConfig) -> list[Tensor]:
         """Return the sequences to calibrate on."""
@@ -296,7 +297,7 @@ class Plan:
     def _plan_measurement(self, task: EvaluateConfig, name: str) -> Identity:
         config = {"task": task.decides(), "model": name, "template": self.recipe.template}
         parents = {"model": self._model_digest(name)}
-        parents |= {role: self._digest(self.root / path) for role, path in task.files.items()}
+        parents |= {role: self._content(path, f"{role} of {task.tasks}") for role, path in task.files.items()}
         parents |= {f"mixture {mixture}": self.data[mixture].digest for mixture in task.mixtures}
         variant = self.recipe.quantize is not None and name in self.recipe.quantize.variants
         if variant:
@@ -365,6 +366,15 @@ class Plan:
         return [result for identity in self.measurements for result in results.read(identity.path(self.out))]
 
     # -- shared
+
+    def _content(self, path: str, what: str) -> str:
+        """Return the digest of a file that the recipe names."""
+        place = self.root / path
+        if not place.exists():
+            raise LlameroError(
+                f"{what}: no such file or directory", where=place, fix="paths are relative to the recipe's directory"
+            )
+        return self._digest(place)
 
     def _model_digest(self, name: str) -> str:
         found = self.models[name]
