@@ -160,9 +160,9 @@ def _safetensors(directory: Path, files: dict[str, Path] | None, shards: list[Pa
                 raise LlameroError(f"tensor `{name}` is also in {found[name].name}", where=path)
             if files is None or files.get(name) == path:
                 specs[name], found[name] = spec, path
-    for name in files or {}:
+    for name, path in (files or {}).items():
         if name not in found:
-            raise LlameroError(f"tensor `{name}` is not in the file that the index names", where=files[name])  # type: ignore[index]
+            raise LlameroError(f"tensor `{name}` is not in the file that the index names", where=path)
 
     def read(path: Path, name: str) -> Tensor:
         try:
