@@ -10,9 +10,14 @@ from llamero.core.config import Strict
 from llamero.corpus import toy_world
 
 Layout = Literal["alpaca", "alpaca-rendered", "orca", "sharegpt", "messages", "pair", "text"]
+Action = Literal["report", "drop"]
 
 
 class _Source(Strict):
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the training samples to take; validation samples are not thinned."""
+    size: int | None = Field(default=None, gt=0)
+    """Training samples to take; all where there are fewer."""
     weight: float = Field(default=1.0, gt=0)
     """How often each sample is taken; 2.5 takes each twice and every other one a third time."""
     val_split: float = Field(default=0.0, ge=0, lt=1)
@@ -36,13 +41,21 @@ class FileSource(_Source):
     source: str
     """Name of the source, in reports."""
     path: str | None = None
-    """JSON, JSONL, Parquet or text file (also .gz), or a directory of them, relative to the recipe."""
+    """JSON, JSONL, Parquet or text file (also .gz, .zst, .tar.gz), or a directory of them, relative to the recipe."""
     hub: str | None = None
     """`owner/name` of a hub data set, read through `datasets` (`pip install llamero[data]`)."""
     split: str = "train"
-    """Split of the hub data set."""
+    """Split of the hub data set; several with commas between."""
     layout: Layout | None = None
     """Layout of the rows; recognised by their keys where it is not stated."""
+    lang: str | None = None
+    """Languages to keep, with commas between (`en,de`); of a message tree the language of its root counts."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Of ranked replies (OASST) the best so many at every turn; all where it is not stated."""
+    refusals: bool | str = False
+    """Leave out samples in which somebody speaks as "an AI language model" does; or a file with a phrase a line."""
+    join_chars: int | None = Field(default=None, gt=0)
+    """Join conversations under the same system message until they have so many characters (Dolphin's way)."""
     on_error: Literal["error", "skip"] = "error"
     """What a malformed row does: stop everything, or be counted and skipped."""
     limit: int | None = Field(default=None, gt=0)
@@ -98,6 +111,39 @@ SourceConfig = Annotated[
 tag here and its key in `_KINDS`, a branch of `Reading` in data/read.py, a test."""
 
 
+class LengthenConfig(Strict):
+    """Long documents made of shorter ones, long chats made of dialogues."""
+
+    length: int = Field(gt=0)
+    """Tokens of a document."""
+    long_from: int = Field(default=4096, gt=0)
+    """Tokens from which a document counts as long and is always kept."""
+    short_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of the shorter documents that is kept."""
+    recall_every: int = Field(default=4, gt=0)
+    """Dialogues of a long chat between two questions about earlier ones."""
+
+
+class DuplicatesConfig(Strict):
+    """Samples that say nearly the same (MinHash), within and across sources."""
+
+    threshold: float = Field(default=0.8, gt=0, le=1)
+    """Jaccard similarity of word 5-grams from which two samples count as one."""
+    action: Action = "drop"
+    """Leave out all but the first, or only report."""
+
+
+class DecontaminateConfig(Strict):
+    """Samples that overlap with test questions."""
+
+    against: dict[str, str] = Field(min_length=1)
+    """Test sets by name: a benchmark directory (`arc_challenge`, `gsm8k` …) or a file of texts, relative to the recipe."""
+    ngram: Literal[8, 13] = 13
+    """Words of a passage that counts as taken from a test set."""
+    action: Action = "drop"
+    """Leave such samples out, or only report them."""
+
+
 class MixtureConfig(Strict):
     """Sources that are learned together."""
 
@@ -105,6 +151,18 @@ class MixtureConfig(Strict):
     """Where the samples come from."""
     min_assistant_tokens: int = Field(default=0, ge=0)
     """Conversations whose assistant says less are skipped."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Samples that are longer are skipped."""
+    filename_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    """Begins the names of the files: `PREFIX-train-text.bin`."""
+    jsonl: bool = False
+    """Also write the rendered samples as JSON lines."""
+    duplicates: DuplicatesConfig | None = None
+    """What happens to near-duplicates."""
+    decontaminate: DecontaminateConfig | None = None
+    """What happens to samples that overlap with test sets."""
+    lengthen: LengthenConfig | None = None
+    """Make long documents of the samples."""
 
     def decides(self) -> dict[str, object]:
         """Return what decides the dataset, files left out."""
