@@ -1,4 +1,5 @@
 import struct
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -131,3 +132,47 @@ def test_a_damaged_file_is_refused(tmp_path, suffix, damage, says):
         megatron.Reader(stem)
     assert told.value.where is not None
     assert told.value.where.startswith(str(stem))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=12),
+    at=st.integers(0, 12),
+    lost=st.booleans(),
+)
+def test_a_writer_goes_on_where_another_was_cut_off(tmp_path_factory, documents, at, lost):
+    whole = write(tmp_path_factory.mktemp("whole") / "text", documents)
+    stem = tmp_path_factory.mktemp("cut") / "text"
+    first = megatron.Writer(stem, np.uint16)
+    for document in documents[:at]:
+        first.add(document)
+    position = first.checkpoint()
+    for document in documents[at:] if lost else []:
+        first.add(document)
+    first.__exit__(KeyboardInterrupt, None, None)  # cut off
+    with megatron.Writer(stem, np.uint16, start=position) as second:
+        rest = documents[at:]
+        second.add_many(np.asarray([*chain(*rest)], dtype=np.int64), [len(document) for document in rest])
+    for suffix in (".bin", ".idx"):
+        assert stem.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
+    assert not stem.with_suffix(".lengths").exists()
+
+
+def test_going_on_from_files_that_are_gone_is_refused(tmp_path):
+    with pytest.raises(LlameroError, match="8 bytes of it were written before"):
+        megatron.Writer(tmp_path / "text", np.uint16, start=megatron.Position(2, 4))
+
+
+def test_lengths_that_do_not_add_up_are_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match="3 tokens, the lengths add up to 2"),
+        megatron.Writer(tmp_path / "text", np.uint16) as writer,
+    ):
+        writer.add_many(np.arange(3), [1, 1])
+
+
+def test_indices_longer_than_a_block_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron, "_BLOCK", 2)
+    documents = [[1, 2], [], [3], [4, 5, 6], [7]]
+    stem = write(tmp_path / "text", documents)
+    assert (stem.with_suffix(".idx").read_bytes(), stem.with_suffix(".bin").read_bytes()) == by_hand(documents, "H")
