@@ -1,4 +1,4 @@
-"""A recipe from its file: overrides applied, checked, and every error at its line."""
+"""A recipe from its file: mixtures composed, overrides applied, checked, and every error at its line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llamero.core.errors import LlameroError, did_you_mean
-from llamero.recipe.lines import Source
+from llamero.data.config import MixtureConfig
+from llamero.recipe import compose, lines
 from llamero.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         path: YAML file.
         overrides: `key.key=value`; a list item goes by its number or its name (`train.sft.lr=1e-5`).
     """
-    source = Source(path)
+    node = compose.resolve(lines.read(path), path)
+    value = lines.value(node)
     for override in overrides:
-        _apply(source.value, override)
+        _apply(value, override)
     try:
-        return Recipe.model_validate(source.value)
+        return Recipe.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, source) from error
+        raise _explain(error, node, value) from error
 
 
 def _apply(value: Any, override: str) -> None:
@@ -39,6 +41,8 @@ def _apply(value: Any, override: str) -> None:
     if not equals or not place:
         raise LlameroError(f"`--set {override}` is not key=value", fix="write for example --set train.sft.lr=1e-5")
     *path, last = place.split(".")
+    if last == compose.EXTENDS:
+        raise LlameroError(f"`--set {override}`: what a mixture extends stands in its recipe", fix="change the recipe")
     for key in path:
         value = _step(value, key, override)
     if isinstance(value, list):
@@ -77,7 +81,7 @@ def _index(items: list[Any], key: str, override: str) -> int:
     raise LlameroError(f"`--set {override}`: no item `{key}`", fix=did_you_mean(key, names))
 
 
-def _explain(error: ValidationError, source: Source) -> LlameroError:
+def _explain(error: ValidationError, node: yaml.Node, value: Any) -> LlameroError:
     """Return the first problem with its line, key, value and way out, and how many there are."""
     problems = error.errors(include_url=False)
     # a mistyped key makes two errors, of which "missing" says less
@@ -97,9 +101,9 @@ def _explain(error: ValidationError, source: Source) -> LlameroError:
         text, got, fix = f"{context['discriminator']} is missing", "", f"add {context['discriminator']}"
     elif first["type"] == "missing" and place:
         fix = f"add `{place[-1]}`"
-    key = ".".join(_keys(place, source.value)) or "recipe"
+    key = ".".join(_keys(place, value)) or "recipe"
     more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
-    return LlameroError(f"{key}: {text}{got}{more}", where=f"{source.path}:{source.line(place)}", fix=fix)
+    return LlameroError(f"{key}: {text}{got}{more}", where=lines.find(node, place), fix=fix)
 
 
 _KINDS = {"Model", "ScratchConfig", "FileSource", "ToyWorldSource"}
@@ -123,6 +127,7 @@ def _nearest_key(place: tuple[str | int, ...]) -> str:
     models = list(_models_at(Recipe, tuple(around)))
     fitting = [model for model in models if around and _tag_fits(model, around[-1])]
     known = {name for model in fitting or models for name in model.model_fields}
+    known |= {compose.EXTENDS} if MixtureConfig in models else set()
     return did_you_mean(str(last), known) if known else "remove it"
 
 
