@@ -6,9 +6,9 @@ but the first is a target, and nothing is lost at a border.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamero.core.errors import LlameroError
+from llamero.corpus.megatron import Reader
 from llamero.corpus.packing import best_fit_decreasing
-from llamero.engine.stage import Overlong, StageConfig
+from llamero.engine.stage import StageConfig
 from llamero.text.messages import SCAFFOLD, Role
 
 
@@ -96,9 +97,9 @@ class Batches:
         self._weight = _weights_by_role(stage)
         self.report = Report()
         self._pieces = self._cut(stage)
-        lengths = np.asarray([stop - start - 1 for _, start, stop in self._pieces], dtype=np.int64)
+        lengths = self._pieces.stop - self._pieces.start - 1
         self._rows = best_fit_decreasing(lengths, stage.sequence)
-        if not self._rows:
+        if not len(self._rows):
             raise LlameroError("nothing to learn: no document of this stage is left", where=where)
         self.report.rows = len(self._rows)
         self.report.fill = float(lengths.sum() / (len(self._rows) * stage.sequence))
@@ -120,8 +121,8 @@ class Batches:
     def assemble(self, rows: Sequence[int]) -> Batch:
         """Return the documents of some rows as one batch."""
         ids, targets, weights, lengths, documents = [], [], [], [], []
-        for piece in (self._pieces[number] for row in rows for number in self._rows[row]):
-            document, start, stop = piece
+        pieces = self._pieces.where(np.concatenate([self._rows[row] for row in rows]))
+        for document, start, stop in zip(*(numbers.tolist() for numbers in pieces), strict=True):
             piece_ids = np.asarray(self._tokens[document][start:stop], dtype=np.int64)
             ids.append(piece_ids[:-1])
             targets.append(piece_ids[1:])
@@ -145,52 +146,135 @@ class Batches:
             self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
         return int(self._order[1][place])
 
-    def _cut(self, stage: StageConfig) -> list[tuple[int, int, int]]:
-        """Return (document, first token, end) of every piece, none longer than the sequence."""
-        pieces: list[tuple[int, int, int]] = []
-        report = self.report
-        for number in range(len(self._tokens)):
-            roles = np.asarray(self._roles[number])
-            if len(roles) != len(self._tokens[number]):
-                raise LlameroError(
-                    f"document {number} has {len(self._tokens[number])} tokens and {len(roles)} roles",
-                    where=self._where,
-                    fix="tokens and roles are not of one run: tokenize again",
-                )
-            report.documents += 1
-            if len(roles) < 2:
-                report.too_short += 1
-                continue
-            cuts = [(0, len(roles))]
-            if len(roles) - 1 > stage.sequence:
-                cuts = self._shorten(number, roles, stage.policy, stage.sequence)
-            kept = [(a, b) for a, b in cuts if self._weight[roles[a + 1 : b]].any()]
-            report.dropped += not cuts
-            report.nothing_to_learn += bool(cuts) and not kept
-            report.pieces_without_target += len(cuts) - len(kept) if kept else 0
-            report.tokens += sum(b - a - 1 for a, b in kept)
-            report.supervised_tokens += int(sum(np.count_nonzero(self._weight[roles[a + 1 : b]]) for a, b in kept))
-            pieces += [(number, a, b) for a, b in kept]
-        return pieces
-
-    def _shorten(
-        self, number: int, roles: NDArray[np.integer[Any]], policy: Overlong, limit: int
-    ) -> list[tuple[int, int]]:
-        report = self.report
-        if policy == "error":
+    def _cut(self, stage: StageConfig) -> "_Pieces":
+        """Return what the documents are learned in, no piece longer than the sequence."""
+        lengths = _lengths(self._roles)
+        wrong = np.flatnonzero(lengths != _lengths(self._tokens))
+        if wrong.size:
+            number = int(wrong[0])
             raise LlameroError(
-                f"sample {number} has {len(roles)} tokens, `sequence` is {limit}",
+                f"document {number} has {len(self._tokens[number])} tokens and {lengths[number]} roles",
+                where=self._where,
+                fix="tokens and roles are not of one run: tokenize again",
+            )
+        blocks = [_NO_PIECES]
+        for first, last in _blocks(lengths):
+            blocks.append(self._cut_block(_Block(self._roles, lengths, first, last), stage))
+        return _Pieces(*(np.concatenate(numbers) for numbers in zip(*blocks, strict=True)))
+
+    def _cut_block(self, block: "_Block", stage: StageConfig) -> "_Pieces":
+        report = self.report
+        fits = np.flatnonzero((block.lengths >= 2) & (block.lengths <= stage.sequence + 1))
+        long = np.flatnonzero(block.lengths > stage.sequence + 1)
+        whole = _Pieces(fits, np.zeros_like(fits), block.lengths[fits])
+        pieces = _joined(whole, self._shorten(block, long, stage)) if long.size else whole
+        learned = block.count(self._weight[block.roles] != 0, pieces._replace(start=pieces.start + 1))
+        kept = pieces.where(learned > 0)
+        cuts = np.bincount(pieces.document, minlength=block.lengths.size)
+        cuts_kept = np.bincount(kept.document, minlength=block.lengths.size)
+        report.documents += block.lengths.size
+        report.too_short += int(np.count_nonzero(block.lengths < 2))
+        report.dropped += int(np.count_nonzero(cuts[long] == 0))
+        report.nothing_to_learn += int(np.count_nonzero((cuts > 0) & (cuts_kept == 0)))
+        report.pieces_without_target += int((cuts - cuts_kept)[cuts_kept > 0].sum())
+        report.tokens += int((kept.stop - kept.start - 1).sum())
+        report.supervised_tokens += int(learned.sum())
+        return kept._replace(document=kept.document + block.first)
+
+    def _shorten(self, block: "_Block", long: NDArray[np.int64], stage: StageConfig) -> "_Pieces":
+        """Return the pieces of documents that are longer than the sequence."""
+        limit, report, lengths = stage.sequence, self.report, block.lengths[long]
+        if stage.policy == "error":
+            raise LlameroError(
+                f"sample {block.first + long[0]} has {lengths[0]} tokens, `sequence` is {limit}",
                 where=self._where,
                 fix="set `overlong: split`, `truncate` or `drop`, or a longer `sequence`",
             )
-        if policy == "drop":
-            return []
-        cuts = [(0, limit + 1)] if policy == "truncate" else split_at_turns(roles, limit)
-        lost = len(roles) - sum(b - a for a, b in cuts)  # below zero where pieces overlap by a token
-        report.split += len(cuts) > 1
-        report.truncated += lost > 0
-        report.truncated_tokens += max(0, lost)
-        return cuts
+        if stage.policy == "drop":
+            return _NO_PIECES
+        if stage.policy == "truncate":
+            pieces = _Pieces(long, np.zeros_like(long), np.full_like(long, limit + 1))
+        else:
+            pieces = _split(block, long, limit)
+        cuts = np.bincount(pieces.document, minlength=block.lengths.size)[long]
+        held = np.bincount(pieces.document, pieces.stop - pieces.start, minlength=block.lengths.size)[long]
+        lost = lengths - held.astype(np.int64)  # below zero where pieces overlap by a token
+        report.split += int(np.count_nonzero(cuts > 1))
+        report.truncated += int(np.count_nonzero(lost > 0))
+        report.truncated_tokens += int(lost[lost > 0].sum())
+        return pieces
+
+
+class _Pieces(NamedTuple):
+    """Stretches of documents, in order: a column for each thing that is known of them."""
+
+    document: NDArray[np.int64]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+
+    def where(self, which: NDArray[Any]) -> "_Pieces":
+        """Return some of them, by mask or number."""
+        return _Pieces(self.document[which], self.start[which], self.stop[which])
+
+
+_NO_PIECES = _Pieces(*(np.zeros(0, np.int64) for _ in range(3)))
+_BLOCK = 1 << 22
+"""Tokens that are looked at together."""
+
+
+def _joined(*parts: _Pieces) -> _Pieces:
+    """Return pieces of different documents as one, in the order of the documents."""
+    pieces = _Pieces(*(np.concatenate(numbers) for numbers in zip(*parts, strict=True)))
+    return pieces.where(np.argsort(pieces.document, kind="stable"))
+
+
+class _Block:
+    """Roles of some documents, back to back.
+
+    Args:
+        roles: Of all documents.
+        lengths: Tokens of all documents.
+        first: Number of the first document of the block.
+        last: Number of the one after its last.
+    """
+
+    def __init__(
+        self, roles: Sequence[NDArray[np.integer[Any]]], lengths: NDArray[np.int64], first: int, last: int
+    ) -> None:
+        self.first, self.lengths = first, lengths[first:last]
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.roles = self._together(roles)
+
+    def _together(self, roles: Sequence[NDArray[np.integer[Any]]]) -> NDArray[np.integer[Any]]:
+        if isinstance(roles, Reader):
+            starts = roles.starts[self.first : self.first + self.lengths.size]
+            if np.array_equal(starts - starts[0], self.starts):  # no need to fetch them one by one
+                return np.asarray(roles.flat[starts[0] : starts[0] + self.lengths.sum()])
+        return np.concatenate([roles[self.first + number] for number in range(self.lengths.size)])
+
+    def count(self, marked: NDArray[np.bool_], pieces: _Pieces) -> NDArray[np.int64]:
+        """Return how many tokens of each piece are marked."""
+        before = np.zeros(marked.size + 1, dtype=np.int32)
+        np.cumsum(marked, out=before[1:])
+        offset = self.starts[pieces.document]
+        return (before[offset + pieces.stop] - before[offset + pieces.start]).astype(np.int64)
+
+
+def _lengths(documents: Sequence[NDArray[np.integer[Any]]]) -> NDArray[np.int64]:
+    if isinstance(documents, Reader):
+        return documents.lengths.astype(np.int64)
+    return np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+
+
+def _blocks(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of runs of documents of together about `_BLOCK` tokens."""
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < lengths.size:
+        before = int(ends[first] - lengths[first])
+        last = max(first + 1, int(np.searchsorted(ends, before + _BLOCK, side="right")))
+        yield first, last
+        first = last
 
 
 def _weights_by_role(stage: StageConfig) -> NDArray[np.float32]:
@@ -204,16 +288,37 @@ def _weights_by_role(stage: StageConfig) -> NDArray[np.float32]:
     return weight
 
 
-def split_at_turns(roles: NDArray[np.integer[Any]], limit: int) -> list[tuple[int, int]]:
-    """Return pieces of at most `limit` + 1 tokens.
+def _split(block: _Block, long: NDArray[np.int64], limit: int) -> _Pieces:
+    """Return the pieces of long documents, of at most `limit` + 1 tokens each."""
+    whole = _Pieces(long, np.zeros_like(long), block.lengths[long])
+    text = block.count(block.roles % SCAFFOLD == Role.TEXT, whole) == whole.stop
+    texts = _split_texts(whole.where(text), limit)
+    chats: list[tuple[int, int, int]] = []
+    for number in long[~text].tolist():
+        start = block.starts[number]
+        roles = block.roles[start : start + block.lengths[number]]
+        chats += [(number, a, b) for a, b in split_at_turns(roles, limit)]
+    return _joined(texts, _Pieces(*np.asarray(chats, dtype=np.int64).reshape(-1, 3).T))
 
-    Plain text is cut where it is full, the last token of a piece being the first of the next, so that
-    every token stays a target. A chat is cut where an assistant has finished and the next question (or its
-    context) begins; a turn that alone is longer than the limit loses its end.
+
+def _split_texts(whole: _Pieces, limit: int) -> _Pieces:
+    """Return plain texts cut where they are full.
+
+    The last token of a piece is the first of the next, so that every token stays a target.
+    """
+    cuts = -(-(whole.stop - 1) // limit)
+    number = np.repeat(np.arange(cuts.size), cuts)
+    start = (np.arange(number.size) - (np.cumsum(cuts) - cuts)[number]) * limit
+    return _Pieces(whole.document[number], start, np.minimum(start + limit + 1, whole.stop[number]))
+
+
+def split_at_turns(roles: NDArray[np.integer[Any]], limit: int) -> list[tuple[int, int]]:
+    """Return pieces of a chat, of at most `limit` + 1 tokens.
+
+    It is cut where an assistant has finished and the next question (or its context) begins; a turn that
+    alone is longer than the limit loses its end.
     """
     speaker = roles % SCAFFOLD
-    if (speaker == Role.TEXT).all():
-        return [(a, min(a + limit + 1, len(roles))) for a in range(0, len(roles) - 1, limit)]
     starts = [0, *(np.flatnonzero((speaker[1:] != Role.ASSISTANT) & (speaker[:-1] == Role.ASSISTANT)) + 1).tolist()]
     ends = [*starts[1:], len(roles)]
     pieces: list[tuple[int, int]] = []

@@ -27,6 +27,10 @@ def naive(lengths, capacity):
     return rows
 
 
+def packed(lengths, capacity):
+    return [row.tolist() for row in best_fit_decreasing(np.asarray(lengths), capacity)]
+
+
 def totals(rows, lengths):
     return sorted(sum(int(lengths[document]) for document in row) for row in rows)
 
@@ -35,17 +39,32 @@ def totals(rows, lengths):
 @given(st.data())
 def test_the_rows_are_those_of_the_naive_method(data):
     capacity = data.draw(st.integers(1, 40))
-    lengths = data.draw(st.lists(st.integers(0, capacity), max_size=60))
-    rows = best_fit_decreasing(np.asarray(lengths, dtype=np.int64), capacity)
+    most = data.draw(st.integers(0, capacity))  # few lengths, so that many documents share one
+    lengths = np.asarray(data.draw(st.lists(st.integers(0, most), max_size=80)), dtype=np.int64)
+    rows = packed(lengths, capacity)
     assert rows == naive(lengths, capacity)
-    packed = sorted(document for row in rows for document in row)
-    assert packed == [document for document, length in enumerate(lengths) if length]
+    assert sorted(document for row in rows for document in row) == [
+        document for document, length in enumerate(lengths) if length
+    ]
     assert all(total <= capacity for total in totals(rows, lengths))
+
+
+def test_the_rows_of_many_documents_are_those_of_the_naive_method():
+    lengths = np.random.default_rng(0).lognormal(3.5, 1.0, 2000).astype(np.int32).clip(0, 512)
+    assert packed(lengths, 512) == naive(lengths.tolist(), 512)
+
+
+def test_rows_say_where_they_begin():
+    rows = best_fit_decreasing(np.asarray([6, 4, 7, 3, 5]), 10)
+    assert (rows.documents.tolist(), rows.offsets.tolist()) == ([2, 3, 0, 1, 4], [0, 2, 4, 5])
+    assert rows[2].tolist() == [4]
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        rows[3]
 
 
 def test_a_document_goes_to_the_fullest_row_that_has_room():
     # 7 and 6 open rows; 3 fills the first exactly, 4 the second
-    assert best_fit_decreasing(np.asarray([6, 4, 7, 3]), 10) == [[2, 3], [0, 1]]
+    assert packed([6, 4, 7, 3], 10) == [[2, 3], [0, 1]]
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096])
@@ -58,12 +77,12 @@ def test_real_lengths_fill_the_rows(capacity):
 
 def test_the_same_lengths_give_the_same_rows():
     lengths = np.random.default_rng(1).integers(1, 100, 500)
-    assert best_fit_decreasing(lengths, 100) == best_fit_decreasing(lengths.copy(), 100)
+    assert packed(lengths, 100) == packed(lengths.copy(), 100)
 
 
 def test_nothing_gives_no_rows():
-    assert best_fit_decreasing(np.zeros(0, np.int64), 8) == []
-    assert best_fit_decreasing(np.zeros(3, np.int64), 8) == []
+    assert packed(np.zeros(0, np.int64), 8) == []
+    assert packed(np.zeros(3, np.int64), 8) == []
 
 
 def test_a_document_longer_than_a_row_is_refused():

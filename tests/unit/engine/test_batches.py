@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.core.errors import LlameroError
-from llamero.engine.batches import Batches, split_at_turns
+from llamero.corpus.megatron import Reader, Writer
+from llamero.engine.batches import Batches, Report, split_at_turns
 from llamero.engine.stage import StageConfig
 from llamero.text.messages import SCAFFOLD, Role
 
@@ -233,3 +235,102 @@ def test_tokens_and_roles_of_different_runs_are_refused():
         Batches(tokens, roles[::-1], stage, seed=0, where="here")
     with pytest.raises(LlameroError, match="2 documents of tokens, 1 of roles"):
         Batches(tokens, roles[:1], stage, seed=0, where="here")
+
+
+def plainly_cut(roles, stage):
+    """Cut documents one after the other: the pieces, and the report without what packing adds."""
+    weights = stage.learn.model_dump()
+    named = {S: "system", U: "user", A: "assistant", C: "context", T: "text"}
+
+    def learns(role):
+        return stage.objective == "lm" or bool(role in named and weights[named[role]])
+
+    pieces, report = [], Report()
+    for number, document in enumerate(roles):
+        report.documents += 1
+        report.too_short += len(document) < 2
+        if len(document) < 2:
+            continue
+        cuts = [(0, len(document))]
+        if len(document) > stage.sequence + 1:
+            cuts = plainly_shortened(document, stage)
+            lost = len(document) - sum(b - a for a, b in cuts)
+            report.dropped += not cuts
+            report.split += len(cuts) > 1
+            report.truncated += bool(cuts) and lost > 0
+            report.truncated_tokens += max(0, lost) if cuts else 0
+        learned = [sum(map(learns, document[a + 1 : b])) for a, b in cuts]
+        kept = [cut for cut, count in zip(cuts, learned, strict=True) if count]
+        report.nothing_to_learn += bool(cuts) and not kept
+        report.pieces_without_target += len(cuts) - len(kept) if kept else 0
+        report.tokens += sum(b - a - 1 for a, b in kept)
+        report.supervised_tokens += sum(learned)
+        pieces += [(number, a, b) for a, b in kept]
+    return pieces, report
+
+
+def plainly_shortened(document, stage):
+    limit = stage.sequence
+    if stage.policy == "drop":
+        return []
+    if stage.policy == "truncate":
+        return [(0, limit + 1)]
+    if all(role % SCAFFOLD == T for role in document):
+        return [(a, min(a + limit + 1, len(document))) for a in range(0, len(document) - 1, limit)]
+    return split_at_turns(np.asarray(document), limit)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    roles=st.lists(
+        st.one_of(
+            st.lists(st.sampled_from([S, U, A, C, A + SCAFFOLD, U + SCAFFOLD, T]), max_size=40),
+            st.lists(st.sampled_from([T, T + SCAFFOLD]), max_size=40),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    policy=st.sampled_from(["drop", "truncate", "split"]),
+    keys=st.sampled_from([{}, {"objective": "lm"}, {"learn": {"assistant": 0.5, "user": 0.25, "text": 0.0}}]),
+    block=st.sampled_from([1, 25, 1 << 22]),
+)
+def test_documents_are_cut_as_one_by_one(roles, policy, keys, block):
+    stage = StageConfig.model_validate(
+        {"name": "s", "mixture": "m", "sequence": 8, "steps": 1, "overlong": policy} | keys
+    )
+    pieces, report = plainly_cut(roles, stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llamero.engine.batches._BLOCK", block)
+        if not pieces:
+            with pytest.raises(LlameroError, match="nothing to learn"):
+                batches(roles, overlong=policy, steps=1, **keys)
+            return
+        made = batches(roles, overlong=policy, steps=1, **keys)
+    assert replace(made.report, rows=0, fill=0.0) == report
+    tokens, _ = numbered(roles)
+    found = []
+    for row in range(len(made)):
+        batch = made.assemble([row])
+        stops = np.cumsum(batch.lengths)
+        inputs = np.split(batch.ids.numpy(), stops[:-1])
+        found += [(number, ids.tolist()) for number, ids in zip(batch.documents, inputs, strict=True)]
+    assert sorted(found) == sorted((number, tokens[number][a : b - 1].tolist()) for number, a, b in pieces)
+
+
+def test_files_give_the_batches_of_lists(tmp_path):
+    random = np.random.default_rng(0)
+    roles = [random.choice([U, A, T], size=random.integers(0, 30)).astype(np.uint16) for _ in range(100)]
+    tokens, _ = numbered(roles)
+    for name, documents in (("tokens", tokens), ("roles", roles)):
+        with Writer(tmp_path / name, np.uint16) as writer:
+            for document in documents:
+                writer.add(document)
+    stage = StageConfig(name="s", mixture="m", sequence=8, epochs=1, overlong="split")
+    read = Batches(Reader(tmp_path / "tokens"), Reader(tmp_path / "roles"), stage, seed=0, where="here")
+    made = Batches(tokens, roles, stage, seed=0, where="here")
+    assert read.report == made.report
+    for row in range(len(made)):
+        ours, theirs = read.assemble([row]), made.assemble([row])
+        assert ours.documents == theirs.documents
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert ours.weights.tolist() == theirs.weights.tolist()
