@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamero.publish.markdown import NOTHING, count, fence, plural, table
 
@@ -21,13 +21,21 @@ STAGE_COLUMNS = (
     "Learning rate", "Optimizer", "Loss, last step",
 )  # fmt: skip
 
+COUNTS = {
+    "turns": "Turns of the assistant",
+    "repeated": "Copies of samples",
+    "unknown_tokens": "Tokens for text that the vocabulary cannot spell",
+    "skipped_tokens": "Tokens of skipped samples",
+}
+"""Counts of a mixture that the published layout has no line for."""
+
 
 class Mixture(NamedTuple):
     """Data that was trained on."""
 
     name: str
     statistics: str
-    """In code blocks, one for each split that has samples."""
+    """In the published layout, a code block for each split that has samples, and a table of what that leaves out."""
 
 
 def stage_table(stages: Sequence[TrainedStage]) -> str:
@@ -86,14 +94,40 @@ def _lost(packing: Mapping[str, float]) -> Iterator[str]:
 
 
 def mixtures(data: Sequence[Artifact]) -> list[Mixture]:
-    """Return the statistics of every mixture, as its making printed them."""
+    """Return the statistics of every mixture, as its making printed them, and what they do not say."""
     return [Mixture(str(each.summary["mixture"]), "\n\n".join(_statistics(each))) for each in data]
 
 
 def _statistics(data: Artifact) -> Iterator[str]:
-    for split in SPLITS:
-        if data.summary[split]["total"]["processed"]:
-            yield fence((data.path / f"{split}_stats.txt").read_text(encoding="utf-8").strip("\n"))
+    totals = {split: data.summary[split]["total"] for split in SPLITS}
+    filled = {split: whole for split, whole in totals.items() if whole["processed"] or whole["left_out"]}
+    for split in filled:
+        yield fence((data.path / f"{split}_stats.txt").read_text(encoding="utf-8").strip("\n"))
+    said = {split: dict(_unsaid(whole)) for split, whole in filled.items()}
+    labels = dict.fromkeys(label for each in said.values() for label in each)
+    if labels:
+        yield table(["", *said], [[label, *(each.get(label, "") for each in said.values())] for label in labels])
+
+
+def _unsaid(whole: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the published layout has no line for, as label and text, where there is something to say."""
+    if whole["tokens"]:
+        learned = whole["supervised_tokens"]
+        yield "Supervised tokens", f"{count(learned)} ({learned / whole['tokens']:.1%})"
+        yield "Tokens per document, 50/90/99 %", " / ".join(count(whole[key]) for key in ("p50", "p90", "p99"))
+    if whole["languages"]:
+        yield "Samples by language", ", ".join(f"{name} {count(number)}" for name, number in _most(whole["languages"]))
+    for key, label in COUNTS.items():
+        if whole[key]:
+            yield label, count(whole[key])
+    for reason, number in _most(whole["skipped"]):
+        yield f"Skipped: {reason}", count(number)
+    for reason, number in _most(whole["left_out"]):
+        yield f"Left out: {reason}", count(number)
+
+
+def _most(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def ancestry_table(inputs: ReleaseInputs) -> str:

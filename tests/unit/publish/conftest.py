@@ -90,12 +90,16 @@ def metrics(steps: int, lr: float) -> str:
 
 
 def mixture(name: str) -> dict[str, object]:
-    part = stats.SourceStats("facts")
-    part.add(120, 60)
-    part.skipped["malformed row"] += 3
-    train = {"sources": [part.to_json()], "total": stats.total([part]).to_json()}
+    part = stats.SourceStats("facts", samples=4)
+    part.add(120, 60, turns=2, language="en")
+    for _ in range(3):
+        part.skip("malformed row")
+    part.leave_out("duplicate")
+    whole = stats.total([part])
+    train = {"sources": [part.to_json()], "total": whole.to_json()}
     val = {"sources": [], "total": stats.total([]).to_json()}
-    return {"summary": {"mixture": name, "train": train, "val": val}, "text": stats.text(f"{name}-train", [part])}
+    said = stats.Stats(f"{name}-train*", (part.block(), whole.block()))
+    return {"summary": {"mixture": name, "train": train, "val": val}, "text": stats.text(said)}
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,14 @@ def test_stages_are_told_as_they_ran(model_card):
 def test_what_was_lost_is_said(model_card):
     assert "97.3% of them filled; none was dropped, cut or split." in model_card
     assert "1 dropped (too long), 4 cut, which lost 77 tokens" in model_card
-    assert "    malformed row: 3\n" in model_card
+    assert "  Skipped: 3 (75.0%)\n" in model_card
+    assert "| Skipped: malformed row | 3 |\n| Left out: duplicate | 1 |\n" in model_card
+
+
+def test_what_the_published_statistics_leave_out_stands_below_them(model_card):
+    assert "| Supervised tokens | 60 (50.0%) |\n| Tokens per document, 50/90/99 % | 120 / 120 / 120 |\n" in model_card
+    assert "| Samples by language | en 1 |\n| Turns of the assistant | 2 |\n" in model_card
+    assert "Copies of samples" not in model_card
     assert "no sample of validation" not in model_card
 
 
