@@ -67,6 +67,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         _known(self.template, {*TEMPLATES, "auto"}, ("template",), "template")
+        self._extra_tokens_are_some()
         mixtures, stages = self.data.mixtures, list[str]()
         for number, stage in enumerate(self.train):
             place = ("train", number)
@@ -91,6 +92,15 @@ class Recipe(Strict):
                 "remove `template` and `data.extra_tokens`, or train",
             )
         return self
+
+    def _extra_tokens_are_some(self) -> None:
+        tokens = self.data.extra_tokens
+        for number, token in enumerate(tokens):
+            place = ("data", "extra_tokens", number)
+            if not token.strip():
+                raise _wrong(place, f"{token!r} is no token", "give it a spelling")
+            if token in tokens[:number]:
+                raise _wrong(place, f"the token {token!r} stands here twice", "name it once: its place gives its id")
 
     def _validation_is_there(self) -> None:
         """Refuse what reads validation samples of a mixture that keeps none, or that a base cannot read."""

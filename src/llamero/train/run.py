@@ -3,9 +3,11 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from llamero.core.errors import LlameroError
 from llamero.corpus import megatron
@@ -28,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NewRows = Literal["mean", "copy_last"]
 
 
 def run(
@@ -39,6 +42,7 @@ def run(
     parallel: ParallelConfig,
     seed: int,
     out: Path,
+    new_rows: NewRows = "mean",
 ) -> dict[str, Any]:
     """Train one stage and write its model; return what the card says of it.
 
@@ -50,9 +54,11 @@ def run(
         parallel: Over what devices.
         seed: Decides fresh weights and the order of the data.
         out: Where the model, metrics.jsonl and (while it trains) the checkpoints go.
+        new_rows: Where the rows of tokens start that the model to start from does not have.
     """
     vocabulary = load_tokenizer(tokenizer)
-    model = _model(start, vocabulary, seed=seed).to(device(parallel))
+    model, new = _model(start, vocabulary, seed=seed, new_rows=new_rows)
+    model.to(device(parallel))
     if stage.sequence > model.config.max_position_embeddings:
         raise LlameroError(
             f"`sequence: {stage.sequence}` is longer than the model's context of "
@@ -81,6 +87,12 @@ def run(
         "loss": outcome.loss,
         "validation_loss": outcome.validation_loss,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": {
+            "tokens": len(vocabulary),
+            "rows": model.config.vocab_size,
+            "new": new,
+            "new_rows": new_rows,
+        },
         "packing": batches.report.to_json(),
     }
 
@@ -103,13 +115,15 @@ def _has_validation(data: Path) -> bool:
     return len(megatron.Reader(data / "val-text")) > 0
 
 
-def _model(start: Path | ShapeConfig, tokenizer: Tokenizer, *, seed: int) -> Llama:
+def _model(start: Path | ShapeConfig, tokenizer: Tokenizer, *, seed: int, new_rows: NewRows) -> tuple[Llama, int]:
+    """Return the model to train, and how many rows of its vocabulary are new."""
     if isinstance(start, ShapeConfig):
         model = Llama(fresh_config(start, tokenizer))
         initialize(model, seed=seed)
-        return model
+        return model, len(tokenizer)
     model = load_model(start, dtype=torch.float32)
-    return grow_vocabulary(model, len(tokenizer))
+    known = len(load_tokenizer(start))
+    return model, grow_vocabulary(model, len(tokenizer), known=known, new_rows=new_rows)
 
 
 def fresh_config(shape: ShapeConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -141,18 +155,38 @@ def fresh_config(shape: ShapeConfig, tokenizer: Tokenizer) -> LlamaConfig:
     )
 
 
-def grow_vocabulary(model: Llama, size: int) -> Llama:
-    """Return the model with at least `size` embedding rows; new rows start at the mean of the old ones."""
-    old = model.config.vocab_size
-    if size <= old:
-        return model
-    larger = Llama(replace(model.config, vocab_size=size))
-    stored = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in larger.named_parameters():
-            if parameter.shape == stored[name].shape:
-                parameter.copy_(stored[name])
-            else:
-                parameter[:old] = stored[name]
-                parameter[old:] = stored[name].mean(0)
-    return larger
+def grow_vocabulary(model: Llama, size: int, *, known: int, new_rows: NewRows = "mean") -> int:
+    """Give a model rows for `size` tokens, in its embedding and, where it is not tied, in its head.
+
+    Rows beyond the known tokens, with which some bases are padded, mean nothing: new tokens take them over and begin
+    like any new row. Those that no token takes stay as they are; a model never loses a row.
+
+    Args:
+        model: Changed in place.
+        size: Tokens it has to know.
+        known: Tokens it knows already: those of its own tokenizer, whose rows have learned something.
+        new_rows: Start at the `mean` of the known rows, or as a copy of the last of them (`copy_last`).
+
+    Returns:
+        How many rows are new.
+    """
+    rows = model.config.vocab_size
+    known = min(known, rows)
+    if size <= known:
+        return 0
+    layers: list[nn.Embedding | nn.Linear] = [model.model.embed_tokens]
+    if not model.config.tie_word_embeddings:
+        layers.append(model.lm_head)
+    for layer in layers:
+        layer.weight = nn.Parameter(_grown(layer.weight.detach(), size, known=known, new_rows=new_rows))
+    model.config = replace(model.config, vocab_size=max(rows, size))
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size
+    model.tie()
+    return size - known
+
+
+def _grown(old: Float[Tensor, "rows dim"], size: int, *, known: int, new_rows: NewRows) -> Float[Tensor, "grown dim"]:
+    new = old.new_empty(max(len(old), size), old.shape[1])
+    new[: len(old)] = old
+    new[known:size] = old[:known].float().mean(0) if new_rows == "mean" else old[known - 1]
+    return new

@@ -61,6 +61,15 @@ WRONG = [
     ("name: small\n", "", 1, "name: field required", "add `name`"),
     ("steps: 2", "steps: 2\n    steps: 3", 17, "key `steps` stands here twice", None),
     ("evaluate:", "evaluate: [", 18, "not valid YAML", None),
+    ("seq", "when: !now 3\n    seq", 15, "not valid YAML: could not determine a constructor", None),
+    (
+        "data:",
+        "data:\n  extra_tokens: [<a>,\n    <b>, <a>]",
+        8,
+        "the token '<a>' stands here twice",
+        "name it once: its place gives its id",
+    ),
+    ("data:", "data:\n  extra_tokens: ['<a>', ' ']", 7, "' ' is no token", "give it a spelling"),
 ]
 
 

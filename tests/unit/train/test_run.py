@@ -4,14 +4,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from llamero.checkpoint.hf import open_tensors
 from llamero.core.errors import LlameroError
 from llamero.engine.metrics import read_lines
 from llamero.engine.stage import StageConfig
-from llamero.model.load import load_model
+from llamero.model.load import load_model, save_model
 from llamero.parallel.config import ParallelConfig
 from llamero.text.tokenizer import load_tokenizer
 from llamero.train.config import ShapeConfig
-from llamero.train.run import device, fresh_config, grow_vocabulary, run
+from llamero.train.run import NewRows, device, fresh_config, grow_vocabulary, run
 
 SHAPE = {"hidden": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 24, "context": 64}
 
@@ -24,7 +25,7 @@ def shape(**keys):
 def train(tmp_path, data, tokenizer_files):
     """Train a stage and return what is said of it and where the model is."""
 
-    def make(name="first", start=None, **keys):
+    def make(name="first", start=None, tokenizer=None, new_rows: NewRows = "mean", **keys):
         stage = {"name": name, "mixture": "chat", "sequence": 64, "batch": 4, "lr": 1e-2}
         stage |= {} if "epochs" in keys else {"steps": 3}
         out = tmp_path / name
@@ -33,10 +34,11 @@ def train(tmp_path, data, tokenizer_files):
             StageConfig.model_validate(stage | keys),
             start=start or shape(),
             data=data,
-            tokenizer=tokenizer_files,
+            tokenizer=tokenizer or tokenizer_files,
             parallel=ParallelConfig(device="cpu"),
             seed=5,
             out=out,
+            new_rows=new_rows,
         )
         return said, out
 
@@ -110,30 +112,109 @@ def test_a_fresh_model_has_the_shape_asked_for(tokenizer):
     assert config.carried == {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
+def start_of(rows, known, new_rows):
+    """Return where a new row starts, by hand."""
+    if new_rows == "copy_last":
+        return rows[known - 1].tolist()
+    return [sum(column) / known for column in zip(*rows[:known].double().tolist(), strict=True)]
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_new_tokens_begin_at_the_mean_and_old_ones_stay(train, tokenizer, tied):
+@pytest.mark.parametrize("new_rows", ["mean", "copy_last"])
+@pytest.mark.parametrize(("padding", "size"), [(0, 3), (5, 3), (2, 3)], ids=["unpadded", "within", "beyond"])
+def test_new_tokens_start_as_asked_and_every_other_row_stays(train, tokenizer, tied, new_rows, padding, size):
+    """The last rows of a padded base are of no token: they count for no mean, and new tokens take them over."""
     _, out = train(start=shape(tied=tied))
-    model, old = load_model(out), len(tokenizer)
+    model = load_model(out)
+    rows, size = len(tokenizer), len(tokenizer) - padding + size
+    known = rows - padding
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    grown = grow_vocabulary(model, old + 3)
-    after = dict(grown.named_parameters())
-    assert grown.config.vocab_size == old + 3
-    assert after.keys() == before.keys()
-    resized = {name for name in before if after[name].shape != before[name].shape}
-    assert resized == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
-    for name, value in before.items():
-        assert torch.equal(after[name][: len(value)], value), name
-        for row in after[name][len(value) :]:
-            torch.testing.assert_close(row, value.mean(0))
-    assert (grown.lm_head.weight is grown.model.embed_tokens.weight) is tied
     ids = torch.arange(9)[None]
-    torch.testing.assert_close(grown(ids)[..., :old], model(ids))
+    said_before = model(ids)
+    assert grow_vocabulary(model, size, known=known, new_rows=new_rows) == size - known
+    after = dict(model.named_parameters())
+    resized = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert after.keys() == before.keys()
+    assert model.config.vocab_size == max(rows, size)
+    for name, value in before.items():
+        if name not in resized:
+            assert torch.equal(after[name], value), name
+            continue
+        assert len(after[name]) == max(rows, size)
+        assert torch.equal(after[name][:known], value[:known]), name
+        assert torch.equal(after[name][size:], value[size:]), name
+        for row in after[name][known:size]:
+            assert row.tolist() == pytest.approx(start_of(value, known, new_rows), abs=1e-7)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    torch.testing.assert_close(model(ids)[..., :known], said_before[..., :known])
+
+
+def test_a_base_whose_tokenizer_has_tokens_without_a_row_is_given_them(train, tokenizer):
+    model = load_model(train()[1])
+    last = model.model.embed_tokens.weight[-1].tolist()
+    rows = len(tokenizer)
+    assert grow_vocabulary(model, rows + 2, known=rows + 1, new_rows="copy_last") == 2
+    assert model.model.embed_tokens.weight[rows:].tolist() == [last, last]
 
 
 def test_a_vocabulary_never_shrinks(train, tokenizer):
     model = load_model(train()[1])
-    assert grow_vocabulary(model, len(tokenizer)) is model
-    assert grow_vocabulary(model, 3) is model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for size in (len(tokenizer), 3):
+        assert grow_vocabulary(model, size, known=len(tokenizer)) == 0
+    assert model.config.vocab_size == len(tokenizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.fixture
+def more_tokens(tmp_path, tokenizer):
+    """Directory of the tokenizer with three more tokens."""
+    tokenizer.with_tokens(["<a>", "<b>", "<c>"]).save(tmp_path / "more", chat_template="")
+    return tmp_path / "more"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_model_with_new_tokens_is_exported_with_the_true_size(train, tokenizer, more_tokens, tied):
+    _, base = train(start=shape(tied=tied), steps=1)
+    said, out = train(name="second", start=base, tokenizer=more_tokens, steps=1)
+    size = len(tokenizer) + 3
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == size
+    tensors = open_tensors(out)
+    assert len(tensors["model.embed_tokens.weight"]) == size
+    assert "lm_head.weight" not in tensors if tied else len(tensors["lm_head.weight"]) == size
+    assert said["vocabulary"] == {"tokens": size, "rows": size, "new": 3, "new_rows": "mean"}
+
+
+@pytest.mark.parametrize("new_rows", ["mean", "copy_last"])
+def test_rows_are_new_once_and_a_later_stage_goes_on_with_them(train, tokenizer, more_tokens, new_rows):
+    _, base = train(start=shape(tied=False), steps=1)
+    _, first = train(name="first-more", start=base, tokenizer=more_tokens, new_rows=new_rows, steps=3)
+    said, second = train(name="second", start=first, tokenizer=more_tokens, new_rows=new_rows, steps=1, lr=1e-9)
+    assert said["vocabulary"]["new"] == 0
+    head, later = (load_model(out).lm_head.weight.detach() for out in (first, second))
+    torch.testing.assert_close(later, head, rtol=0, atol=1e-7)
+    old = load_model(base).lm_head.weight.detach()
+    assert not torch.allclose(head[-1], torch.tensor(start_of(old, len(old), new_rows)), rtol=0, atol=1e-4)
+
+
+def test_a_padded_base_keeps_its_rows_and_says_so(train, tokenizer, more_tokens, tmp_path):
+    """A base of 8 more rows than tokens: new tokens take three of them, the other five are exported as they were."""
+    _, base = train(start=shape(tied=False), steps=1)
+    padded = load_model(base)
+    size = len(tokenizer)
+    grow_vocabulary(padded, size + 8, known=size)
+    with torch.no_grad():
+        padded.model.embed_tokens.weight[size:] = 7.0
+        padded.lm_head.weight[size:] = -7.0
+    save_model(padded, base)
+    said, out = train(name="second", start=base, tokenizer=more_tokens, steps=1, lr=1e-9)
+    assert said["vocabulary"] == {"tokens": size + 3, "rows": size + 8, "new": 3, "new_rows": "mean"}
+    model = load_model(out)
+    assert model.config.vocab_size == size + 8
+    embedding = model.model.embed_tokens.weight
+    mean = padded.model.embed_tokens.weight[:size].mean(0)
+    torch.testing.assert_close(embedding[size : size + 3], mean.expand(3, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedding[size + 3 :], torch.full_like(embedding[size + 3 :], 7.0))
 
 
 def test_the_device_is_the_one_asked_for():
