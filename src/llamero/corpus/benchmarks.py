@@ -1,9 +1,13 @@
-"""Benchmark files on disk: ARC-Challenge, HellaSwag, MMLU and TruthfulQA, one frozen row per question.
+"""Benchmark files on disk, as published: one frozen row per question.
 
     directory/arc_challenge/{test,train}.jsonl
               hellaswag/*val*.jsonl, and *train*.jsonl where there is one
               mmlu/{dev,test}/<subject>_{dev,test}.csv     question, four choices, letter; no header
               truthfulqa/mc_task_2021.json, mc_task.json   (the later edition)
+              mt_bench/mt_bench/question.jsonl, or mt_bench/question.jsonl
+              gsm8k/test.jsonl
+              humaneval/HumanEval.jsonl.gz, or HumanEval.jsonl
+              winogrande/dev.jsonl
 
 Rows hold the text as published; how a question is asked is the business of whoever asks it.
 """
@@ -11,8 +15,10 @@ Rows hold the text as published; how a question is asked is the business of whoe
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -79,6 +85,42 @@ class TruthfulQaRow:
     mc2_labels: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class MtBenchRow:
+    """One MT-Bench dialogue: what the user says, turn by turn."""
+
+    id: int
+    category: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gsm8kRow:
+    """One GSM8K problem with its worked solution, which ends in `#### ` and the number."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class HumanEvalRow:
+    """One HumanEval problem: signature and docstring (`prompt`), the body that solves it."""
+
+    id: str
+    prompt: str
+    solution: str
+
+
+@dataclass(frozen=True)
+class WinoGrandeRow:
+    """One WinoGrande sentence with a blank (`_`); `answer` is an index into `options`."""
+
+    id: str
+    sentence: str
+    options: tuple[str, str]
+    answer: int
+
+
 def arc_challenge(directory: Path, split: Literal["test", "train"]) -> list[ArcRow]:
     """Return the ARC-Challenge questions of one split, in file order."""
     return _json_lines(directory / "arc_challenge" / f"{split}.jsonl", _arc_row)
@@ -130,6 +172,28 @@ def truthfulqa(directory: Path, edition: TruthfulQaEdition) -> list[TruthfulQaRo
         )
     path = _existing(directory / "truthfulqa" / TRUTHFULQA_FILES[edition])
     return _filled([_truthfulqa_row(row, where) for row, where in _json_array(path)], path)
+
+
+def mt_bench(directory: Path) -> list[MtBenchRow]:
+    """Return the MT-Bench questions, in file order."""
+    inner = directory / "mt_bench" / "mt_bench" / "question.jsonl"  # as in FastChat's own folder
+    return _json_lines(inner if inner.is_file() else directory / "mt_bench" / "question.jsonl", _mt_bench_row)
+
+
+def gsm8k(directory: Path) -> list[Gsm8kRow]:
+    """Return the GSM8K test problems, in file order."""
+    return _json_lines(directory / "gsm8k" / "test.jsonl", _gsm8k_row)
+
+
+def humaneval(directory: Path) -> list[HumanEvalRow]:
+    """Return the HumanEval problems, in file order."""
+    plain = directory / "humaneval" / "HumanEval.jsonl"
+    return _json_lines(plain if plain.is_file() else plain.with_suffix(".jsonl.gz"), _humaneval_row)
+
+
+def winogrande(directory: Path) -> list[WinoGrandeRow]:
+    """Return the WinoGrande validation sentences, in file order; the test labels are not public."""
+    return _json_lines(directory / "winogrande" / "dev.jsonl", _winogrande_row)
 
 
 def _arc_row(row: dict[str, Any], where: str) -> ArcRow:
@@ -192,6 +256,34 @@ def _truthfulqa_row(row: dict[str, Any], where: str) -> TruthfulQaRow:
             fix="it starts with a true answer (1) and needs a false one (0)",
         )
     return TruthfulQaRow(_string(row, "question", where), tuple(one), labels, tuple(many), tuple(many.values()))
+
+
+def _mt_bench_row(row: dict[str, Any], where: str) -> MtBenchRow:
+    number = _value(row, "question_id", where)
+    if not isinstance(number, int):
+        raise LlameroError(f"question_id is {number!r}, not a number", where=where, fix="fetch the file again")
+    return MtBenchRow(number, _string(row, "category", where), _strings(row, "turns", where))
+
+
+def _gsm8k_row(row: dict[str, Any], where: str) -> Gsm8kRow:
+    answer = _string(row, "answer", where)
+    if "\n#### " not in answer:
+        raise LlameroError(f"answer is {answer!r}", where=where, fix="its last line is `#### ` and the number")
+    return Gsm8kRow(_string(row, "question", where), answer)
+
+
+def _humaneval_row(row: dict[str, Any], where: str) -> HumanEvalRow:
+    return HumanEvalRow(*(_string(row, key, where) for key in ("task_id", "prompt", "canonical_solution")))
+
+
+def _winogrande_row(row: dict[str, Any], where: str) -> WinoGrandeRow:
+    sentence, answer = _string(row, "sentence", where), _string(row, "answer", where)
+    if "_" not in sentence:
+        raise LlameroError(f"sentence is {sentence!r}", where=where, fix="it needs a blank, `_`")
+    if answer not in {"1", "2"}:
+        raise LlameroError(f"answer is {answer!r}", where=where, fix="give 1 or 2; the test split has none, use dev")
+    options = (_string(row, "option1", where), _string(row, "option2", where))
+    return WinoGrandeRow(_string(row, "qID", where), sentence, options, int(answer) - 1)
 
 
 def _targets(row: dict[str, Any], key: str, where: str) -> dict[str, int]:
@@ -271,7 +363,10 @@ def _decode(text: str, at: int, where: str) -> tuple[dict[str, Any], int]:
 
 def _text(path: Path) -> str:
     try:
-        return _existing(path).read_text(encoding="utf-8")
+        data = _existing(path).read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise LlameroError(f"broken gzip: {error}", where=path, fix="fetch the file again") from error
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start})"
         raise LlameroError(problem, where=path, fix="fetch the file again") from error
@@ -304,5 +399,5 @@ def _missing(path: Path) -> LlameroError:
     return LlameroError(
         "no such benchmark file",
         where=path,
-        fix="put it there, or name the folder that holds arc_challenge/, hellaswag/, mmlu/ and truthfulqa/",
+        fix="put it there, or name the folder that holds arc_challenge/, hellaswag/, mmlu/, truthfulqa/ and so on",
     )
