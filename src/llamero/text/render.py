@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from llamero.core.errors import LlameroError
 from llamero.text.auto import auto_template
 from llamero.text.messages import as_messages
-from llamero.text.pieces import Rendered, tokenize
+from llamero.text.pieces import Rendered, RenderedArrays, tokenize, tokenize_batch
 from llamero.text.templates import template_named
 
 if TYPE_CHECKING:
@@ -58,6 +59,26 @@ def render(
         as_messages(messages), tokenizer, add_generation_prompt=add_generation_prompt
     )
     return tokenize(pieces, tokenizer)
+
+
+def render_batch(
+    chats: Sequence[Sequence[Message]], template: str | ChatTemplate, tokenizer: Tokenizer
+) -> list[RenderedArrays | LlameroError]:
+    """Return what `render` returns for each conversation, in arrays; why one cannot be rendered stands in its place.
+
+    Raises:
+        LlameroError: Template and tokenizer do not go together.
+    """
+    resolved = resolve(template, tokenizer)
+    resolved.end_tokens(tokenizer)  # raises
+    made: list[list[Piece] | LlameroError] = []
+    for chat in chats:
+        try:
+            made.append(resolved.pieces(as_messages(chat), tokenizer, add_generation_prompt=False))
+        except LlameroError as error:
+            made.append(error)
+    rendered = iter(tokenize_batch([each for each in made if not isinstance(each, LlameroError)], tokenizer))
+    return [each if isinstance(each, LlameroError) else next(rendered) for each in made]
 
 
 def resolve(template: str | ChatTemplate, tokenizer: Tokenizer) -> ChatTemplate:

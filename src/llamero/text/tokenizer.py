@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
@@ -18,9 +19,14 @@ from llamero.core.errors import LlameroError
 from llamero.text.sentencepiece_bpe import from_sentencepiece, looks_like_sentencepiece
 from llamero.text.tiktoken_bpe import LLAMA3_SPECIAL, from_tiktoken, looks_like_tiktoken
 from llamero.text.tokenizer_config import TokenizerConfig, read_json
+from llamero.text.words import words_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from llamero.text.words import Words
 
 Json = dict[str, Any]
 
@@ -86,7 +92,7 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def __getstate__(self) -> Json:
-        return {**self.__dict__, "_variants": {}}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_variants", "words")}
 
     def __setstate__(self, state: Json) -> None:
         self.__dict__.update(state)
@@ -138,10 +144,20 @@ class Tokenizer:
             special: Special tokens that are spelled out in the text become their ids; else they are ordinary text.
             continues: The text goes on where another ended, so that no dummy space is put before it.
         """
-        return self._variant(special, continues).encode(text, add_special_tokens=False).ids
+        if special or self.words is None:
+            return self._variant(special, continues).encode(text, add_special_tokens=False).ids
+        return self.encode_array(text, continues=continues).tolist()
+
+    def encode_array(self, text: str, *, continues: bool = False) -> NDArray[np.int32]:
+        """Ids of a text that holds no special tokens; options as in `encode`."""
+        if self.words is None:
+            return np.array(self.encode(text, continues=continues), dtype=np.int32)
+        return np.frombuffer(self.words.encode(text, continues=continues), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False, continues: bool = False) -> list[list[int]]:
-        """Ids of many texts, on all cores; options as in `encode`."""
+        """Ids of many texts; options as in `encode`."""
+        if not special and self.words is not None:
+            return [self.encode(text, continues=continues) for text in texts]
         encodings = self._variant(special, continues).encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -153,6 +169,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of some ids; special tokens are spelled out or left out."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @cached_property
+    def words(self) -> Words | None:
+        """The words that this tokenizer's ordinary text can be looked up by, None if it has to be taken whole."""
+        return words_of(self._variant(special=False, continues=False))
 
     @cached_property
     def dummy_space(self) -> Literal["none", "first", "fragments"]:
