@@ -99,7 +99,7 @@ def passages(numbers: NDArray[np.uint64], lengths: Sequence[int]) -> Iterator[tu
     They run on over the ends of texts: whoever counts a passage looks where it begins and ends.
     """
     found, length = numbers, 1
-    while found.size and length <= max(lengths):
+    while found.size and length <= max(lengths, default=0):
         if length in lengths:
             yield length, found
         found, length = found[:-1] * _FACTOR + numbers[length:], length + 1

@@ -409,19 +409,22 @@ def statement(report: Report) -> str:
     """Return what a model card says of a report: what was searched for, what was found, and what was not checked."""
     count, found = f"{report.samples:,}", report.found.total()
     sets = _listed([_titled(test, items) for test, items in report.items.items()])
-    what = f"a {LONG}-word passage"
+    shared = f"a {LONG}-word passage"
     if report.ngram < LONG:
-        what += f", {report.ngram} words that are two fifths of a question,"
-    shared = f"{what} or a whole shorter question with the tests {sets}"
+        shared += f", {report.ngram} words in a row that are two fifths of a question,"
+    shared += f" or a whole shorter question with the tests {sets}"
     if not found:
         said = f"None of {count} training samples shares {shared}."
     elif report.dropped:
         said = f"No training sample shares {shared}; {found:,} of {count} that did {_was(found)} removed."
     else:
-        said = f"{found:,} of {count} training samples share {shared}, and {_was(found)} learned."
+        share, it = ("shares", "It") if found == 1 else ("share", "They")
+        said = f"{found:,} of {count} training samples {share} {shared}. {it} {_was(found)} learned."
     if skipped := sum(report.not_searched.values()):
-        too_short = f"have fewer than {SHORTEST} words or only such as many test questions share"
-        said += f" {skipped:,} test questions were not searched for: they {too_short}."
+        said += (
+            f" {skipped:,} test question{'' if skipped == 1 else 's'} {_was(skipped)} not searched for: fewer than"
+            f" {SHORTEST} words, or only words that many test questions share or that are mostly numbers."
+        )
     return said
 
 
