@@ -315,10 +315,23 @@ def total(parts: Sequence[SourceStats]) -> SourceStats:
     return whole
 
 
+def published(title: str, parts: Sequence[SourceStats]) -> Stats:
+    """Return what is published of a split: a block for each source, and one for all of them."""
+    return Stats(title, tuple(part.block() for part in [*parts, total(parts)]))
+
+
 def describe(summary: Mapping[str, Any], split: str) -> tuple[list[SourceStats], SourceStats]:
-    """Return the sources and the total of a split, from the summary of a dataset."""
-    said = summary[split]
-    return [SourceStats.from_json(part) for part in said["sources"]], SourceStats.from_json(said["total"])
+    """Return the sources and the total of a split, from the summary of a dataset.
+
+    Raises:
+        LlameroError: The summary does not say all that it should.
+    """
+    try:
+        said = summary[split]
+        return [SourceStats.from_json(part) for part in said["sources"]], SourceStats.from_json(said["total"])
+    except KeyError as error:
+        problem = f"the statistics do not say {error}: they were written by another version"
+        raise LlameroError(problem, where=str(summary.get("mixture", "")), fix="make the dataset again") from error
 
 
 def _by_number(counts: Counter[str]) -> dict[str, int]:
