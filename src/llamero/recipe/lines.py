@@ -41,7 +41,7 @@ def parse(text: str, path: str | Path) -> yaml.MappingNode:
         loader.name = str(path)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            raise LlameroError("a recipe is a mapping of keys", where=path)
+            raise LlameroError("a mapping of keys is wanted here", where=path)
         _refuse_twice(node)
         _flatten(node, loader)
     except yaml.YAMLError as error:
