@@ -70,7 +70,7 @@ def render_batch(
         LlameroError: Template and tokenizer do not go together.
     """
     resolved = resolve(template, tokenizer)
-    resolved.end_tokens(tokenizer)  # raises
+    resolved.jinja(tokenizer)  # raises where the tokenizer lacks what the template is written with
     made: list[list[Piece] | LlameroError] = []
     for chat in chats:
         try:
