@@ -29,7 +29,7 @@ class Base:
 
 
 def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
-    """Refuse lengths beyond the context, groups that divide no width, and a template whose tokens are missing.
+    """Refuse lengths beyond the context, groups that divide no width, and tokens that are missing or cannot be added.
 
     Args:
         recipe: The recipe.
@@ -40,6 +40,10 @@ def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
         _refuse_long(recipe, base)
         _refuse_groups(recipe, base)
     _refuse_missing_tokens(recipe, directory)
+    if directory is not None and recipe.data.extra_tokens:
+        from llamero.data.vocabulary import refuse_unfit_tokens  # and with it all that reads data
+
+        refuse_unfit_tokens(recipe.data.extra_tokens, load_tokenizer(directory))
 
 
 def _from_shape(base: ScratchConfig) -> Base:

@@ -7,6 +7,7 @@ import pytest
 from llamero.core.errors import LlameroError
 from llamero.recipe.fit import refuse_what_does_not_fit
 from llamero.recipe.load import load
+from llamero.text.tokenizer import train_bpe
 
 SCRATCH = """\
 name: small
@@ -64,6 +65,14 @@ def test_a_base_on_disk_is_asked_for_its_context(scratch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlameroError, match="context of 16"):
         refuse_what_does_not_fit(scratch("base=here"), tmp_path)
+
+
+def test_a_token_that_is_ordinary_text_of_the_base_is_refused(scratch, tmp_path):
+    train_bpe(iter(["the cat " * 9]), vocab_size=262).save(tmp_path)
+    tokens = 'data.extra_tokens=["<|im_start|>", "<|im_end|>", "{}"]'
+    refuse_what_does_not_fit(scratch("base=here", tokens.format("<cat>")), tmp_path)
+    with pytest.raises(LlameroError, match="'cat' is ordinary text"):
+        refuse_what_does_not_fit(scratch("base=here", tokens.format("cat")), tmp_path)
 
 
 RULES = [
