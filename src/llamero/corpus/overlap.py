@@ -25,7 +25,8 @@ _NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u
 """Thai and Lao, Burmese, Khmer, kana, Han."""
 _ASCII = bytes(code if code > 127 else ord(chr(code).lower()) if chr(code).isalnum() else 32 for code in range(256))
 """Bytes of UTF-8: letters in lower case, punctuation as spaces, what is not ASCII as it is."""
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""Odd, without a pattern in its bits: makes one number of several, in their order."""
 _MOST_REMEMBERED = 1 << 20
 
 
@@ -102,4 +103,4 @@ def passages(numbers: NDArray[np.uint64], lengths: Sequence[int]) -> Iterator[tu
     while found.size and length <= max(lengths, default=0):
         if length in lengths:
             yield length, found
-        found, length = found[:-1] * _FACTOR + numbers[length:], length + 1
+        found, length = found[:-1] * FACTOR + numbers[length:], length + 1
