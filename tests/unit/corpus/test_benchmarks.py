@@ -1,6 +1,7 @@
 """Benchmark files are read whole, and what is wrong in one is named with its line."""
 
 import csv
+import gzip
 import json
 import os
 from pathlib import Path
@@ -232,3 +233,73 @@ def test_real_mmlu_is_read_whole(real):
     assert all(len(benchmarks.mmlu(real, subject, "dev")) == 5 for subject in subjects)
     assert len(benchmarks.mmlu(real, "anatomy", "test")) == 135
     assert any("\r\n" in row.question for row in benchmarks.mmlu(real, "college_mathematics", "dev"))
+
+
+MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write it.", "Again."]}
+GSM8K = {"question": "How many?", "answer": "Two.\n#### 2"}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n"}
+WINOGRANDE = {"qID": "x-1", "sentence": "Ann met Eve so _ left.", "option1": "Ann", "option2": "Eve", "answer": "2"}
+
+
+@pytest.mark.parametrize("path", ["mt_bench/question.jsonl", "mt_bench/mt_bench/question.jsonl"])
+def test_mt_bench_lies_in_its_folder_or_as_in_fastchat(tmp_path, path):
+    write(tmp_path / path, MT_BENCH)
+    assert benchmarks.mt_bench(tmp_path) == [benchmarks.MtBenchRow(81, "writing", ("Write it.", "Again."))]
+
+
+def test_gsm8k_keeps_the_worked_solution(tmp_path):
+    write(tmp_path / "gsm8k" / "test.jsonl", GSM8K)
+    assert benchmarks.gsm8k(tmp_path) == [benchmarks.Gsm8kRow("How many?", "Two.\n#### 2")]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_humaneval_may_be_compressed(tmp_path, ending):
+    line = (json.dumps(HUMANEVAL) + "\n").encode()
+    path = tmp_path / "humaneval" / f"HumanEval.jsonl{ending}"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(line) if ending else line)
+    assert benchmarks.humaneval(tmp_path) == [
+        benchmarks.HumanEvalRow("HumanEval/0", "def f():\n", "    return 1\n"),
+    ]
+
+
+@pytest.mark.parametrize("cut", [lambda data: data[:-9], lambda data: b"no gzip"])
+def test_a_broken_gzip_is_an_error(tmp_path, cut):
+    path = tmp_path / "humaneval" / "HumanEval.jsonl.gz"
+    path.parent.mkdir()
+    path.write_bytes(cut(gzip.compress(json.dumps(HUMANEVAL).encode())))
+    with pytest.raises(LlameroError, match="broken gzip") as caught:
+        benchmarks.humaneval(tmp_path)
+    assert caught.value.where == str(path)
+
+
+def test_winogrande_answers_are_one_and_two(tmp_path):
+    write(tmp_path / "winogrande" / "dev.jsonl", WINOGRANDE)
+    row = benchmarks.winogrande(tmp_path)[0]
+    assert row == benchmarks.WinoGrandeRow("x-1", "Ann met Eve so _ left.", ("Ann", "Eve"), 1)
+
+
+@pytest.mark.parametrize(
+    ("read", "path", "row", "problem"),
+    [
+        (benchmarks.mt_bench, "mt_bench/question.jsonl", {**MT_BENCH, "question_id": "81"}, "question_id is '81'"),
+        (benchmarks.mt_bench, "mt_bench/question.jsonl", {**MT_BENCH, "turns": "Write."}, "turns is 'Write.'"),
+        (benchmarks.gsm8k, "gsm8k/test.jsonl", {**GSM8K, "answer": "2"}, "answer is '2'"),
+        (benchmarks.humaneval, "humaneval/HumanEval.jsonl", {"task_id": "x"}, "no `prompt`"),
+        (benchmarks.winogrande, "winogrande/dev.jsonl", {**WINOGRANDE, "sentence": "No."}, "sentence is 'No.'"),
+        (benchmarks.winogrande, "winogrande/dev.jsonl", {**WINOGRANDE, "answer": ""}, "answer is ''"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, read, path, row, problem):
+    write(tmp_path / path, row)
+    with pytest.raises(LlameroError) as caught:
+        read(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / path}:1: {problem}")
+
+
+def test_the_other_real_files_have_their_published_sizes(real):
+    assert len(benchmarks.mt_bench(real)) == 80
+    assert all(len(row.turns) == 2 for row in benchmarks.mt_bench(real))
+    assert len(benchmarks.gsm8k(real)) == 1319
+    assert len(benchmarks.humaneval(real)) == 164
+    assert len(benchmarks.winogrande(real)) == 1267
