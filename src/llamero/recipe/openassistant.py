@@ -50,7 +50,8 @@ _DATASET: Mapping[str, str] = {
     "input_max_length": "it counts characters; the nearest is `max_tokens` of the mixture",
 }
 """The same for the keys of a dataset."""
-_SAME: Mapping[str, str] = {
+_OURS: Mapping[str, str] = {
+    "fraction": "fraction",
     "size": "size",
     "val_split": "val_split",
     "max_val_set": "max_val_set",
@@ -61,8 +62,19 @@ _SAME: Mapping[str, str] = {
     "data_files": "data_files",
     "max_char_len": "join_chars",
     "num_samples": "limit",
+    "fill_min_length": "join_chars",
 }
-"""Keys of a dataset whose value is the same here, and what they are called."""
+"""Keys of a dataset, and what they are called here."""
+_NOTES: Mapping[str, str] = {
+    "max_val_set": "what is over max_val_set is trained on; the published loader threw it away",
+    "input_file_path": "path is relative to the recipe; input_file_path was relative to cache_dir",
+    "num_samples": "limit takes the first rows; the published loader took num_samples after a shuffle",
+    "fill_min_length": "join_chars is one more: fill_min_length joined until there were more characters than that",
+}
+"""What to know of a key that is mapped."""
+_NUMBERS = ("fraction", "size", "max_val_set", "fill_min_length")
+_OVERRULED: Mapping[str, str] = {"size": "fraction", "hf_dataset_name": "input_file_path"}
+"""Keys of a dataset that the published loader passes over where another is there."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,7 @@ class _Conversion:
             elif key not in ("datasets_extra", "vocab_extra_ids_list", "eval_size") and value not in (None, ""):
                 way_out = _SECTION.get(key, "the published pretokenizer has no such key; leave it out")
                 self.unmapped.append(f"{key}: {way_out.format(value=value)}")
-        head = ["data:", f"  extra_tokens: {_flow(self._extra_tokens())}", "  mixtures:", f"    {self.name}:"]
+        head = ["data:", f"  extra_tokens: {_flow(self._extra_tokens())}", "  mixtures:", f"    {_flow(self.name)}:"]
         text = "\n".join([*head, *(f"      {line}" for line in mixture)])
         return Converted(text + "\n", self.notes, self.unmapped)
 
@@ -185,7 +197,7 @@ class _Conversion:
         listed = self.keys.get("vocab_extra_ids_list", EXTRA)
         if "vocab_extra_ids_list" not in self.keys:
             self.notes.append(f"vocab_extra_ids_list: not stated, the published default is {EXTRA}; written out")
-        asked = [token for token in (listed or "").strip('"').split(",") if token]
+        asked = [token for token in str(listed or "").strip('"').split(",") if token]
         if self.keys.get("tokenizer_type") == "FalconTokenizer":
             return asked
         self.notes.append(
@@ -213,7 +225,7 @@ class _Conversion:
             if not placed:
                 self.unmapped.append(f"{name}: no source of that name is known here; give it a `path` or a `hub`")
         if all(line.startswith("#") for line in written):
-            problem = f"no dataset of section `{self.name}` is known here: {', '.join(sorted(seen))}"
+            problem = f"no dataset of section `{self.name}` is known here: {', '.join(sorted(seen)) or 'it lists none'}"
             raise LlameroError(
                 problem, where=lines.at(self.placed["datasets"].start_mark), fix="write the recipe by hand"
             )
@@ -227,32 +239,30 @@ class _Conversion:
             for node in listed.value if isinstance(listed, yaml.SequenceNode) else []:
                 value = lines.value(node)
                 entry = {value: None} if isinstance(value, str) else value
-                if not isinstance(entry, dict) or len(entry) != 1:
+                options = list(entry.values()) if isinstance(entry, dict) else []
+                if len(options) != 1 or not isinstance(options[0], dict | None):
                     raise LlameroError("a dataset is a name, or a name with keys", where=lines.at(node.start_mark))
-                ((name, options),) = entry.items()
-                found.append((str(name), dict(options or {}), node))
+                found.append((str(next(iter(entry))), options[0] or {}, node))
         return found
 
     def _source_keys(self, source: str, options: Mapping[str, Any], node: yaml.Node) -> dict[str, Any]:
         """Return the keys of a source in the order of the dataset's; then what its loader does without being asked."""
         loader = _LOADERS.get(source, _Loader())
         stated = {key: value for key, value in options.items() if value is not None}
+        for key in stated.keys() & set(_NUMBERS):
+            if not isinstance(stated[key], int | float) or (key == "fraction" and stated[key] <= 0):
+                raise LlameroError(f"`{key}: {stated[key]}` takes nothing", where=lines.at(node.start_mark))
         for key, value in {**loader.defaults, "val_split": VAL_SPLIT}.items():
             if key not in stated and not (key == "hf_dataset_name" and "input_file_path" in stated):
                 stated[key] = value
                 self.notes.append(f"{source}: {key} is not stated, the published default {value} is written out")
-        if stated.get("fraction", 1) <= 0:
-            raise LlameroError(f"`fraction: {stated['fraction']}` takes nothing", where=lines.at(node.start_mark))
         ours: dict[str, Any] = {}
         for key, value in stated.items():
             ours |= self._source_key(source, key, value, stated)
-        if stated.get("max_val_set") == 0:
-            del ours["max_val_set"]  # nothing is capped by it
-        if self.keys.get("eval_size"):
-            ours["max_val_set"] = min(ours.get("max_val_set", self.keys["eval_size"]), self.keys["eval_size"])
-            self.notes.append(f"{source}: eval_size {self.keys['eval_size']} caps every source, as its max_val_set")
-        if "max_val_set" in ours:
-            self.notes.append(f"{source}: what is over max_val_set is trained on; the published loader threw it away")
+        cap = self.keys.get("eval_size")
+        if cap:
+            ours["max_val_set"] = min(ours.get("max_val_set", cap), cap)
+            self.notes.append(f"{source}: eval_size {cap} caps every source, as its max_val_set")
         if loader.refusals:
             ours["refusals"] = True
             self.notes.append(f"{source}: the published loader leaves out refusals without being asked; written out")
@@ -260,27 +270,30 @@ class _Conversion:
 
     def _source_key(self, source: str, key: str, value: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
         """Return one key of a source, or say why there is none."""
-        if _OVERRULED.get(key) in stated:
-            self.unmapped.append(f"{source}.{key}: {_OVERRULED[key]} stands beside it and decides; leave it out")
-        elif key == "fraction":
-            return {"fraction": min(1, value)}
-        elif key == "fill_min_length":
-            self.notes.append(f"{source}: fill_min_length {value} joins until there are more characters than that")
-            return {"join_chars": value + 1}
-        elif key == "data_files" and not isinstance(value, str):
-            self.unmapped.append(
-                f"{source}.data_files: one file to a source; give each a source with a name of its own"
-            )
-        elif key in _SAME:
-            return {_SAME[key]: ",".join(value) if key == "lang" and isinstance(value, list) else value}
-        else:
-            way_out = _DATASET.get(key, "no such key is known here; leave it out")
+        way_out = _no_counterpart(key, value, stated)
+        if way_out:
             self.unmapped.append(f"{source}.{key}: {way_out.format(value=value)}")
-        return {}
+            return {}
+        if key in _NOTES:
+            self.notes.append(f"{source}: {_NOTES[key]}")
+        if key == "fraction":
+            value = min(1, value)
+        elif key == "fill_min_length":
+            value += 1
+        elif key == "lang" and isinstance(value, list):
+            value = ",".join(value)
+        return {_OURS[key]: value}
 
 
-_OVERRULED: Mapping[str, str] = {"size": "fraction", "hf_dataset_name": "input_file_path"}
-"""Keys of a dataset that the published loader passes over where another is there."""
+def _no_counterpart(key: str, value: Any, stated: Mapping[str, Any]) -> str | None:
+    """Return the way out for a key that a source has no counterpart of."""
+    if _OVERRULED.get(key) in stated:
+        return f"{_OVERRULED[key]} stands beside it and decides; leave it out"
+    if key == "data_files" and not isinstance(value, str):
+        return "one file to a source; give each a source with a name of its own"
+    if key == "max_val_set" and value == 0:
+        return "0 caps nothing in the original; leave it out"
+    return None if key in _OURS else _DATASET.get(key, "no such key is known here; leave it out")
 
 
 def _flow(value: Any) -> str:

@@ -150,7 +150,6 @@ KEYS = [
     ("{fill_min_length: 99}", {"join_chars": 100}),
     ("{num_samples: 9}", {"limit": 9}),
     ("{top_k: null}", {}),
-    ("{max_val_set: 0}", {}),
     ("{max_val_set: 7}", {"max_val_set": 7}),
 ]
 
@@ -167,6 +166,7 @@ UNMAPPED = [
     ("{fraction: 0.5, size: 3}", "orca_chat.size: fraction stands beside it"),
     ("{input_file_path: a, hf_dataset_name: b/c}", "orca_chat.hf_dataset_name: input_file_path stands beside it"),
     ("{data_files: [a, b]}", "orca_chat.data_files: one file to a source"),
+    ("{max_val_set: 0}", "orca_chat.max_val_set: 0 caps nothing"),
     ("{mode: sft}", "orca_chat.mode: chats are learned as `sft`"),
     ("{manual_seed: 7}", "orca_chat.manual_seed: write `seed: 7` at the top of the recipe"),
     ("{frobnicate: 7}", "orca_chat.frobnicate: no such key is known here"),
@@ -270,6 +270,9 @@ WRONG = [
         "name it once",
     ),
     ("s:\n  datasets:\n    - megacode: {fraction: 0}\n", "s", "card.md:3", "`fraction: 0` takes nothing", None),
+    ("s:\n  datasets:\n    - megacode: {size: few}\n", "s", "card.md:3", "`size: few` takes nothing", None),
+    ("s:\n  datasets:\n    - megacode: 3\n", "s", "card.md:3", "a name with keys", None),
+    ("s:\n  datasets:\n", "s", "card.md:2", "known here: it lists none", None),
     ("s:\n  datasets:\n    - webgpt\n", "s", "card.md:3", "no dataset of section `s` is known here: webgpt", "by hand"),
 ]
 
