@@ -1,9 +1,16 @@
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.corpus.packing import best_fit_decreasing
+from llamero.text.tokenizer import load_tokenizer
+
+SHARED = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).parents[4] / "shared")) / "data"
 
 
 def naive(lengths, capacity):
@@ -88,3 +95,15 @@ def test_nothing_gives_no_rows():
 def test_a_document_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="9 tokens does not fit into 8"):
         best_fit_decreasing(np.asarray([9]), 8)
+
+
+def test_rows_of_real_chats_are_full():
+    if not SHARED.exists():
+        pytest.skip(f"no data at {SHARED} (set LLAMERO_SHARED)")
+    tokenizer = load_tokenizer(SHARED / "tokenizers/llama2")
+    rows = json.loads((SHARED / "instruct/alpaca/alpaca_en_demo.json").read_text(encoding="utf-8"))
+    texts = ["\n".join(map(str, row.values())) for row in rows]
+    rows = json.loads((SHARED / "instruct/lima/lima.json").read_text(encoding="utf-8"))
+    texts += ["\n".join(map(str, row.values())) for row in rows]
+    lengths = np.asarray([len(ids) for ids in tokenizer.encode_batch(texts)]).clip(max=4096)
+    assert lengths.sum() / (len(best_fit_decreasing(lengths, 4096)) * 4096) >= 0.98

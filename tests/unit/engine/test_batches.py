@@ -334,3 +334,21 @@ def test_files_give_the_batches_of_lists(tmp_path):
         assert ours.documents == theirs.documents
         assert ours.ids.tolist() == theirs.ids.tolist()
         assert ours.weights.tolist() == theirs.weights.tolist()
+
+
+def test_documents_need_not_lie_in_order_in_their_file(tmp_path):
+    tokens, roles = numbered([[U, A, A], [U, U, A, A], [U, A]])
+    for name, documents in (("tokens", tokens), ("roles", roles)):
+        with Writer(tmp_path / name, np.uint16) as writer:
+            for document in documents:
+                writer.add(document)
+        idx = bytearray((tmp_path / f"{name}.idx").read_bytes())
+        idx[34:46] = np.asarray([2, 3, 4], "<i4").tobytes()  # the last document comes first
+        idx[46:70] = np.asarray([14, 0, 6], "<i8").tobytes()
+        (tmp_path / f"{name}.idx").write_bytes(bytes(idx))
+    stage = StageConfig(name="s", mixture="m", sequence=8, epochs=1)
+    read = Batches(Reader(tmp_path / "tokens"), Reader(tmp_path / "roles"), stage, seed=0, where="here")
+    in_order = [tokens[2], tokens[0], tokens[1]], [roles[2], roles[0], roles[1]]
+    made = Batches(*in_order, stage, seed=0, where="here")
+    assert read.report == made.report
+    assert taught(read) == taught(made)
