@@ -313,6 +313,29 @@ def test_after_every_few_dialogues_one_earlier_is_asked_about():
             assert answer in [message.text for message in chat.messages[:last]]
 
 
+def true_answers(asked, messages):
+    """Every answer that the messages before a question allow."""
+    what, quote = asked.partition("“")[0], asked.partition("“")[2].rpartition("”")[0].removesuffix(" …")
+    said = list(pairwise(messages))
+    by_user = [message.text for message in messages if message.role == "user"]
+    if what.startswith("Earlier"):
+        return {after.text for before, after in said if before.role == "user" and before.text.startswith(quote)}
+    if what.startswith("What had I"):
+        return {before.text for before, after in said if before.role == "user" and after.text.startswith(quote)}
+    if what.startswith("Which"):
+        return {before for before, after in pairwise(by_user) if after.startswith(quote)}
+    return {next(text for text in by_user if quote in text)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 3)), max_size=40), st.integers(1, 3), st.integers(0, 9))
+def test_every_recall_has_one_answer_and_it_is_the_one_given(about, every, seed):
+    found, _ = made([dialogue(n, turns) for n, turns in about], characters=9000, recall_every=every, seed=seed)
+    for chat, spans in found:
+        for number, question, answer in recalls(chat, spans):
+            assert true_answers(question, chat.messages[:number]) == {answer}
+
+
 def test_the_seed_decides_what_is_asked():
     chats = [dialogue(n) for n in range(40)]
     assert made(chats, seed=1) == made(chats, seed=1)
