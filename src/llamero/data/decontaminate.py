@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from llamero.core.errors import LlameroError
-from llamero.corpus import benchmarks, overlap, sources
+from llamero.corpus import benchmarks, overlap, rows
 from llamero.corpus.samples import Chat
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _folder(name: str, path: Path) -> Iterator[TestText]:
 
 
 def _file(name: str, path: Path) -> Iterator[TestText]:
-    for located in sources.rows(path):
+    for located in rows.rows(path):
         if located.row is None:
             raise LlameroError(located.problem, where=located.where)
         yield TestText(name, located.where, tuple(_strings(located.row)))
@@ -221,7 +221,7 @@ class _Passages:
     def __init__(self, numbers: NDArray[np.uint64], parts: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         order = np.argsort(numbers, kind="stable")
         self.numbers, self.parts, self.offsets = numbers[order], parts[order], offsets[order]
-        bits = max(10, len(numbers).bit_length() + 3)
+        bits = max(10, len(numbers).bit_length() + 5)
         self._shift = np.uint64(64 - bits)
         self._maybe = np.zeros(1 << bits, bool)
         self._maybe[numbers >> self._shift] = True
@@ -229,11 +229,13 @@ class _Passages:
     def look_up(self, numbers: NDArray[np.uint64]) -> Iterator[tuple[int, int, int]]:
         """Yield place, part and place in the part of every number that is known."""
         places = np.flatnonzero(self._maybe[numbers >> self._shift])
-        low = np.searchsorted(self.numbers, numbers[places], "left")
+        low = np.searchsorted(self.numbers, numbers[places])
+        known = self.numbers[np.minimum(low, len(self.numbers) - 1)] == numbers[places]
+        places, low = places[known], low[known]
         high = np.searchsorted(self.numbers, numbers[places], "right")
-        for at in np.flatnonzero(high > low):
-            for entry in range(low[at], high[at]):
-                yield int(places[at]), int(self.parts[entry]), int(self.offsets[entry])
+        for place, first, last in zip(places.tolist(), low.tolist(), high.tolist(), strict=True):
+            for part, offset in zip(self.parts[first:last].tolist(), self.offsets[first:last].tolist(), strict=True):
+                yield place, part, offset
 
 
 class Index:

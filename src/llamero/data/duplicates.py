@@ -90,7 +90,7 @@ def _passages(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int6
 def find(signatures: NDArray[np.uint32], *, threshold: float) -> NDArray[np.int64]:
     """Return for each sample the number of the earlier one that it is a duplicate of, or -1 if it stays.
 
-    Takes some 40 bytes a sample besides the signatures, which may be a memory map: they are read from front to back
+    Takes some 65 bytes a sample besides the signatures, which may be a memory map: they are read from front to back
     for each band (21 for a threshold of 0.8), and in pairs.
 
     Args:

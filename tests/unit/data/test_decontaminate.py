@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.core.errors import LlameroError
-from llamero.corpus import overlap, sources
+from llamero.corpus import overlap, rows
 from llamero.corpus.samples import Chat, Document
 from llamero.data import decontaminate
 from llamero.data.decontaminate import Index, Report, TestText, load_tests, statement, texts_of
@@ -301,8 +301,8 @@ def real():
     if not (SHARED / "instruct").is_dir():
         pytest.skip(f"no data at {SHARED} (set LLAMERO_SHARED)")
     files = sorted((SHARED / "instruct").glob("*/*.json*"))
-    rows = [located for file in files for located in sources.rows(file)]
-    texts = [(located.where, "\n".join(decontaminate._strings(located.row))) for located in rows if located.row]
+    found = [located for file in files for located in rows.rows(file)]
+    texts = [(located.where, "\n".join(decontaminate._strings(located.row))) for located in found if located.row]
     return texts, load_tests({"benchmarks": SHARED / "benchmarks"})
 
 
