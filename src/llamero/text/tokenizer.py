@@ -145,7 +145,7 @@ class Tokenizer:
             continues: The text goes on where another ended, so that no dummy space is put before it.
         """
         if special or self.words is None:
-            return self._variant(special, continues).encode(text, add_special_tokens=False).ids
+            return self._whole(text, special=special, continues=continues).ids
         return self.encode_array(text, continues=continues).tolist()
 
     def encode_array(self, text: str, *, continues: bool = False) -> NDArray[np.int32]:
@@ -163,7 +163,7 @@ class Tokenizer:
 
     def encode_with_spans(self, text: str, *, continues: bool = False) -> Encoded:
         """Ids of a text that holds no special tokens, and which characters each stands for."""
-        encoding = self._variant(False, continues).encode(text, add_special_tokens=False)
+        encoding = self._whole(text, continues=continues)
         return Encoded(encoding.ids, encoding.offsets)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -173,7 +173,7 @@ class Tokenizer:
     @cached_property
     def words(self) -> Words | None:
         """The words that this tokenizer's ordinary text can be looked up by, None if it has to be taken whole."""
-        return words_of(self._variant(special=False, continues=False))
+        return words_of(self.backend, lambda word: self._whole(word).ids)
 
     @cached_property
     def dummy_space(self) -> Literal["none", "first", "fragments"]:
@@ -260,6 +260,10 @@ class Tokenizer:
             pair=f"{self.bos}:0 $A:0 {self.bos}:1 $B:1",
             special_tokens=[(self.bos, self.bos_id)],
         )
+
+    def _whole(self, text: str, *, special: bool = False, continues: bool = False) -> tokenizers.Encoding:
+        """What the backend makes of a text, taken whole."""
+        return self._variant(special, continues).encode(text, add_special_tokens=False)
 
     def _variant(self, special: bool, continues: bool) -> tokenizers.Tokenizer:
         """The backend for a pair of `encode`'s options, made when first asked for."""

@@ -136,11 +136,12 @@ class _Known(dict[str, bytes]):
         return ids
 
 
-def words_of(backend: tokenizers.Tokenizer) -> Words | None:
+def words_of(backend: tokenizers.Tokenizer, encode: Callable[[str], Sequence[int]]) -> Words | None:
     """The words of a tokenizer, None where no proof covers it.
 
     Args:
-        backend: Must take special tokens that are spelled out as ordinary text.
+        backend: The tokenizer.
+        encode: What it makes of ordinary text, special tokens that are spelled out included.
     """
     spec: dict[str, Any] = json.loads(backend.to_str())
     model = spec["model"]
@@ -154,7 +155,7 @@ def words_of(backend: tokenizers.Tokenizer) -> Words | None:
         return None
     splits = _without_trim(spec["pre_tokenizer"])
     pattern = next((pattern for proved, pattern in _PROVED if proved == splits), None)
-    return pattern and Words(pattern, lambda word: backend.encode(word, add_special_tokens=False).ids, dummy="")
+    return pattern and Words(pattern, encode, dummy="")
 
 
 def _merge(bpe: Any, word: str) -> list[int]:
@@ -200,10 +201,10 @@ def _merged_whole(spec: dict[str, Any]) -> re.Pattern[str] | None:
         for each in string.punctuation
         if each not in alone and not any((each, a) in pairs or (a, each) in pairs for a in letters)
     )
-    space, single, sign = "[ ▁]", _any_of(alone), _any_of(signs)
+    apart, sign = re.escape(alone), re.escape(signs)
     return re.compile(
-        rf"{space}*(?:[A-Za-z]++(?={space}|{single}|{sign}|\Z)|{sign}++(?={space}|{single}|[A-Za-z]|\Z)"
-        rf"|[^ ▁{re.escape(alone)}]+)|{single}+|{space}+"
+        rf"[ ▁]*+(?:[A-Za-z]++(?![^ ▁{apart}{sign}])|{_any_of(signs)}++(?![^ ▁{apart}A-Za-z])|[^ ▁{apart}]+)"
+        rf"|{_any_of(alone)}+|[ ▁]+"
     )
 
 
