@@ -14,6 +14,7 @@ import numpy as np
 
 from llamero.core import artifact, progress
 from llamero.core.errors import LlameroError
+from llamero.corpus.packing import best_fit_decreasing
 from llamero.data import stats
 from llamero.data.stats import SourceStats
 from llamero.text.messages import SCAFFOLD, Role
@@ -76,6 +77,28 @@ def find_tokenizer(dataset: Dataset) -> Tokenizer | None:
     if not directory.is_dir():
         raise LlameroError("the tokenizer of this dataset is gone", where=directory, fix="name one with --tokenizer")
     return load_tokenizer(directory)
+
+
+class AtLength(NamedTuple):
+    """What becomes of documents that are learned at a sequence length, the ends of longer ones cut off."""
+
+    longer: int
+    """Documents that are cut."""
+    lost: int
+    """Tokens that are cut off."""
+    rows: int
+    """Rows that they are packed into."""
+    fill: float
+    """Share of the places of these rows that hold a token."""
+
+
+def at_length(dataset: Dataset, split: str, sequence: int) -> AtLength:
+    """Return what becomes of a split at a sequence length; a document of n tokens takes n - 1 places."""
+    lengths = np.maximum(dataset.tokens(split).lengths.astype(np.int64) - 1, 0)
+    kept = np.minimum(lengths, sequence)
+    rows = len(best_fit_decreasing(kept, sequence))
+    fill = float(kept.sum() / (rows * sequence)) if rows else 0.0
+    return AtLength(int((lengths > sequence).sum()), int((lengths - kept).sum()), rows, fill)
 
 
 # -- samples

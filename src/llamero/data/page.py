@@ -45,11 +45,10 @@ def write(directory: Path, summary: Mapping[str, Any], dataset: Dataset, tokeniz
         tokenizer: That it was made with.
         seed: Decides which samples are drawn.
     """
-    splits = [_split(split, summary) for split in dataset.splits]
     drawn = inspect.draw(dataset, "train", summary, seed=seed, count=SAMPLES) if "train" in dataset.splits else {}
     page = _ENVIRONMENT.get_template("page.html.jinja").render(
         name=summary["mixture"],
-        splits=[split for split in splits if split.whole.processed or split.whole.left_out],
+        splits=[Split(split, *stats.describe(summary, split)) for split in stats.splits(summary)],
         samples=inspect.samples(dataset, "train", drawn, tokenizer) if drawn else {},
         seed=seed,
     )
@@ -84,10 +83,6 @@ class Split(NamedTuple):
             for stage, reasons in (("before selection", part.left_out), ("after selection", part.skipped))
             for reason, number in reasons.most_common()
         ]
-
-
-def _split(split: str, summary: Mapping[str, Any]) -> Split:
-    return Split(split, *stats.describe(summary, split))
 
 
 class Histogram(NamedTuple):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from llamero.core.errors import LlameroError
+from llamero.corpus.dataset import SPLITS
 
 RULE = "-----------------"
 QUANTILES = (50, 90, 99)
@@ -318,6 +319,12 @@ def total(parts: Sequence[SourceStats]) -> SourceStats:
 def published(title: str, parts: Sequence[SourceStats]) -> Stats:
     """Return what is published of a split: a block for each source, and one for all of them."""
     return Stats(title, tuple(part.block() for part in [*parts, total(parts)]))
+
+
+def splits(summary: Mapping[str, Any]) -> list[str]:
+    """Return the splits that there is something to say of, from the summary of a dataset."""
+    found = [split for split in SPLITS if split in summary]
+    return [split for split in found if summary[split]["total"]["processed"] or summary[split]["total"]["left_out"]]
 
 
 def describe(summary: Mapping[str, Any], split: str) -> tuple[list[SourceStats], SourceStats]:

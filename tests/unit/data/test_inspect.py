@@ -162,6 +162,14 @@ def test_a_foreign_dataset_is_counted(tmp_path, roles, supervised):
     assert (whole.accepted, whole.tokens, whole.supervised_tokens, whole.longest) == (3, 6, supervised, 2)
 
 
+def test_what_becomes_of_documents_at_a_length_is_told(tmp_path):
+    dataset = write(tmp_path, "train", [([1] * tokens, [2] * tokens) for tokens in (9, 5, 4, 1)])
+    assert inspect.at_length(dataset, "train", 4) == (1, 4, 3, (4 + 4 + 3) / 12)
+    assert inspect.at_length(dataset, "train", 8) == (0, 0, 2, (8 + 4 + 3) / 16)
+    empty = write(tmp_path / "empty", "train", [])
+    assert inspect.at_length(empty, "train", 4) == (0, 0, 0, 0.0)
+
+
 def test_statistics_are_what_their_making_wrote(tmp_path):
     dataset = write(tmp_path, "train", numbered(3))
     part = SourceStats("facts")

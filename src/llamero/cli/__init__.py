@@ -1,0 +1,63 @@
+"""The command line: one function a command, and the only place that prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from cyclopts import App
+
+from llamero.cli import data, release, talk
+from llamero.cli.display import err, say_error
+from llamero.core.errors import LlameroError
+from llamero.core.interrupt import Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# On a machine that does other work too, threads that wait by spinning slow each other down several times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+app = App(
+    name="llamero",
+    help="From a Llama's base weights to a published, measured, served release: one recipe in.",
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `main` says what is kept
+)
+for command in (
+    release.run,
+    release.check,
+    release.evaluate,
+    release.quantize,
+    talk.generate,
+    talk.chat,
+    release.watch,
+):
+    app.command(command)
+app.command(data.app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake is one message and exit code 2, `--debug` shows where it came from."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        app(given)
+    except LlameroError as error:
+        if debug:
+            raise
+        say_error(error)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        say_error(LlameroError(str(error.strerror), where=error.filename))
+        sys.exit(2)
+    except Interrupted as stopped:
+        err.print(f"stopped: {stopped}. Run the same command again to go on.", highlight=False)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        err.print("stopped. Finished stages are kept; run the same command again to go on.", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,5 @@
+"""`python -m llamero.cli`."""
+
+from llamero.cli import main
+
+main()

@@ -1,0 +1,216 @@
+"""Commands that make a release and its parts: run, check, evaluate, quantize, watch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from llamero.cli.display import Bars, out, say_outcome, say_results, say_row, size
+from llamero.cli.options import Model, OutDir, Override, Recipe, import_uninterrupted
+from llamero.core.errors import LlameroError
+
+
+def run(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
+    """Make a release: every stage that is not there yet, from data to the card.
+
+    Parameters
+    ----------
+    out_dir
+        Run directory; runs/NAME by default. Run again to continue or to redo what a change touches.
+    set_
+        Override a key: --set train.sft.lr=1e-5 (a list item goes by its name or number).
+    """
+    from llamero import pipeline
+    from llamero.recipe.load import load
+
+    parsed = load(recipe, set_)
+    target = out_dir or Path("runs") / parsed.name
+    import_uninterrupted("llamero.model.load")
+    with Bars():
+        outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=say_row)
+    say_outcome(outcome)
+
+
+def check(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
+    """Validate a recipe and print what would run; trains nothing and needs no GPU.
+
+    Parameters
+    ----------
+    out_dir
+        Run directory to compare with; runs/NAME by default.
+    set_
+        Override a key, as for `run`.
+    """
+    from llamero import pipeline
+    from llamero.core import artifact
+    from llamero.recipe.load import load
+
+    parsed = load(recipe, set_)
+    target = out_dir or Path("runs") / parsed.name
+    plan = pipeline.Plan(parsed, recipe.parent, target)
+    table = Table("stage", "digest", "state", title=f"{recipe}: {parsed.name}")
+    for stage in plan.stages:
+        for name, identity in stage.identities.items():
+            there = artifact.find(target, identity) is not None
+            table.add_row(name, identity.digest[: artifact.DIGITS], "there" if there else "to make")
+    out.print(table)
+
+
+def evaluate(
+    model: Model,
+    *,
+    tasks: str,
+    data: Path | None = None,
+    text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
+    prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
+    limit: int | None = None,
+    subjects: int | None = None,
+    truthfulqa: Literal["2021", "later"] | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    template: str = "auto",
+    json: Path | None = None,
+) -> None:
+    """Measure a model.
+
+    Parameters
+    ----------
+    tasks
+        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity, samples or toy_world.
+    data
+        Directory of the benchmark files (for h4 and its parts).
+    text
+        Text file to measure perplexity on; may be given several times.
+    prompt
+        What to say to the model (samples); may be given several times.
+    limit
+        Questions of each task.
+    subjects
+        MMLU subjects to take, the first ones by name.
+    truthfulqa
+        Edition of TruthfulQA: 2021 by default, which the published scores used.
+    window
+        Tokens of a perplexity window, 512 by default.
+    stride
+        Tokens between windows, 256 by default.
+    template
+        Chat template of prompts (toy_world).
+    json
+        Also write the results to this file.
+    """
+    from llamero.core.download import resolve_model
+    from llamero.core.results import write_file
+    from llamero.evaluate.config import named
+
+    given: dict[str, object] = {
+        "data": None if data is None else str(data.resolve()),
+        "texts": {path.name: str(path.resolve()) for path in text} or None,
+        "prompts": list(prompt) or None,
+        "limit": limit,
+        "subjects": subjects,
+        "truthfulqa": truthfulqa,
+        "window": window,
+        "stride": stride,
+    }
+    task = named(tasks, {key: value for key, value in given.items() if value is not None})
+    directory = resolve_model(model)
+    if json is not None and not json.resolve().parent.is_dir():
+        raise LlameroError("there is no such directory to write to", where=json.parent)
+    import_uninterrupted("llamero.evaluate.run")
+    from llamero.evaluate.run import run as measure
+
+    with Bars():
+        found = measure(task, model=directory, name=model, template=template, root=Path())
+    say_results(found)
+    if json is not None:
+        write_file(json, found)
+
+
+def quantize(
+    model: Model,
+    out_dir: Annotated[Path, Parameter(help="Directory that gets one directory per variant.")],
+    *,
+    variant: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (
+        "gptq-4bit-128g-actorder_True",
+    ),
+    text: Path,
+    sequence: int = 512,
+    tokens: int = 65_536,
+    damp: float = 0.01,
+    sym: bool = True,
+) -> None:
+    """Quantize a model to one or more variants, from one look at a calibration text.
+
+    Parameters
+    ----------
+    variant
+        gptq-4bit-128g-actorder_True, rtn-4bit-128g and so on; may be given several times.
+    text
+        Calibration text (a .txt file).
+    sequence
+        Tokens of a calibration sequence.
+    tokens
+        Calibration tokens in all.
+    damp
+        Dampening, as a fraction of the mean of the Hessian's diagonal.
+    sym
+        Symmetric grids.
+    """
+    from llamero.core.config import parse
+    from llamero.core.download import resolve_model
+    from llamero.core.files import disk_errors_named
+    from llamero.quantize.config import QuantizeConfig
+
+    calibration = {"text": str(text), "sequence": sequence, "tokens": tokens}
+    keys = {"variants": variant, "calibration": calibration, "damp": damp, "sym": sym}
+    config: QuantizeConfig = parse(QuantizeConfig, keys)
+    directory = resolve_model(model)
+    taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
+    if taken:
+        raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
+    import_uninterrupted("llamero.quantize.run")
+    from llamero.quantize.run import run as make
+    from llamero.quantize.sequences import from_text
+    from llamero.text.tokenizer import load_tokenizer
+
+    partial = {name: out_dir / f"{name}.partial" for name in config.variants}
+    for path in partial.values():
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
+    with Bars(), disk_errors_named(out_dir):
+        sequences = from_text(text, load_tokenizer(directory), config.calibration)
+        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=sequences)
+    for name, path in partial.items():
+        path.rename(out_dir / name)
+    table = Table("variant", "size", "bits per weight", "error per weight")
+    for report in reports:
+        bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
+        table.add_row(report.variant.name, size(report.size_bytes), bits, error)
+    out.print(table)
+    out.print(f"written to {out_dir}")
+
+
+def watch(
+    run_dir: Annotated[Path, Parameter(help="Run directory, for example runs/quickstart.")],
+    *,
+    to: Literal["tensorboard", "wandb"] = "tensorboard",
+    follow: bool = False,
+) -> None:
+    """Show the training curves of a run in TensorBoard or Weights & Biases.
+
+    Parameters
+    ----------
+    to
+        Where to show them; TensorBoard files go to RUN/tensorboard.
+    follow
+        Keep looking for new steps until Ctrl-C.
+    """
+    from llamero.engine.watch import watch as show
+
+    steps = show(run_dir, to, follow=follow)
+    out.print(f"{steps} steps shown")
+    if to == "tensorboard":
+        out.print(f"look at them: tensorboard --logdir {run_dir / 'tensorboard'}")
