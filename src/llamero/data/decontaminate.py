@@ -4,7 +4,7 @@ Passages of 13 words are what GPT-3 was cleaned by (Brown et al. 2020, appendix 
 besides. A sample is found by a test item if it holds, in the order and without regard to case and punctuation,
 
 - 13 words in a row of one of its questions or answers, or
-- n words in a row of a question, if what is found makes up two fifths of it, or
+- n words in a row of a question, if what is found makes up two fifths of what is searched for of it, or
 - the whole of a question that has 5 to n - 1 words.
 
 Passages that say nothing are not searched for: those that more than four test items share ("which of the following is
@@ -75,7 +75,7 @@ class Match:
     words: int
     """Words in a row that are shared."""
     share: float
-    """Share of the question or answer that was found, here and elsewhere in the sample."""
+    """Share of what is searched for of the question or answer that was found, here and elsewhere in the sample."""
 
 
 def texts_of(sample: Sample) -> str:
@@ -152,7 +152,7 @@ KNOWN: dict[str, _Known] = {
     "truthfulqa": _Known("TruthfulQA", 817, _truthfulqa),
     "mt_bench": _Known("MT-Bench", 80, _mt_bench),
     "gsm8k": _Known("GSM8K", 1319, _gsm8k),
-    "humaneval": _Known("HumanEval", 164, _humaneval),
+    "humaneval": _Known("HumanEval prompts", 164, _humaneval),
     "winogrande": _Known("WinoGrande", 1267, _winogrande),
 }
 """Test sets that are read from benchmark folders (corpus/benchmarks.py): only what is scored, no examples for prompts.
@@ -210,7 +210,6 @@ class _Part(NamedTuple):
     """A question or answer: what passages of one length are searched for of."""
 
     item: int
-    words: int
     length: int
     question: bool
 
@@ -256,11 +255,11 @@ class Index:
         for number, item in enumerate(tests):
             for place, text in enumerate((*item.questions, *item.answers)):
                 question = place < len(item.questions)
-                self.parts.append(
-                    _Part(number, count := len(overlap.split(text)), _length(count, question, ngram), question)
-                )
+                length = _length(len(overlap.split(text)), question, ngram)
+                self.parts.append(_Part(number, length, question))
                 texts.append(text)
         self._tables = dict(_tables(self.parts, texts))
+        self._words = _searched_words(len(texts), self._tables)
         searched = {part for table in self._tables.values() for part in table.parts.tolist()}
         asked = {self.parts[number].item for number in searched if self.parts[number].question}
         self.items = Counter(test for test, _ in self.names)
@@ -286,7 +285,7 @@ class Index:
             part = self.parts[number]
             start, words = _longest_run(sorted({place for place, _ in places}), part.length)
             covered = {word for _, offset in places for word in range(offset, offset + part.length)}
-            share = len(covered) / part.words
+            share = len(covered) / int(self._words[number])
             if (words >= LONG or (part.question and share >= SHARE)) and (best is None or (share, words) > best[:2]):
                 best = (share, words, start, number)
         if best is None:
@@ -332,6 +331,18 @@ def _tables(parts: Sequence[_Part], texts: Sequence[str]) -> Iterator[tuple[int,
         places = places[~np.isin(numbers[places], common) & _telling(words.numbers, letters, places, length)]
         if places.size:
             yield length, _Passages(numbers[places], part[places], places - words.starts[part[places]])
+
+
+def _searched_words(parts: int, tables: Mapping[int, _Passages]) -> NDArray[np.int64]:
+    """Return how many words of each part lie in passages that are searched for."""
+    found = np.zeros(parts, np.int64)
+    for length, table in tables.items():
+        order = np.lexsort((table.offsets, table.parts))
+        part, offset = table.parts[order], table.offsets[order]
+        new = np.full(len(part), length)
+        new[1:] = np.where(part[1:] == part[:-1], np.minimum(np.diff(offset), length), length)
+        np.add.at(found, part, new)
+    return found
 
 
 def _common(numbers: NDArray[np.uint64], items: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -422,12 +433,11 @@ def statement(report: Report) -> str:
     else:
         share, it = ("shares", "It") if found == 1 else ("share", "They")
         said = f"{found:,} of {count} training samples {share} {shared}. {it} {_was(found)} learned."
+    said += f" Passages that more than {COMMON} test questions share or that are mostly numbers do not count"
     if skipped := sum(report.not_searched.values()):
-        said += (
-            f" {skipped:,} test question{'' if skipped == 1 else 's'} {_was(skipped)} not searched for: fewer than"
-            f" {SHORTEST} words, or only words that many test questions share or that are mostly numbers."
-        )
-    return said
+        questions = f"{skipped:,} test question{'' if skipped == 1 else 's'}"
+        said += f"; {questions} with no others, or of fewer than {SHORTEST} words, {_was(skipped)} not searched for"
+    return f"{said}."
 
 
 def _was(count: int) -> str:
