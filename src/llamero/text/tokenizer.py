@@ -173,7 +173,7 @@ class Tokenizer:
     @cached_property
     def words(self) -> Words | None:
         """The words that this tokenizer's ordinary text can be looked up by, None if it has to be taken whole."""
-        return words_of(self.backend, lambda word: self._whole(word).ids)
+        return words_of(self.backend)
 
     @cached_property
     def dummy_space(self) -> Literal["none", "first", "fragments"]:

@@ -136,30 +136,22 @@ class _Known(dict[str, bytes]):
         return ids
 
 
-def words_of(backend: tokenizers.Tokenizer, encode: Callable[[str], Sequence[int]]) -> Words | None:
-    """The words of a tokenizer, None where no proof covers it.
-
-    Args:
-        backend: The tokenizer.
-        encode: What it makes of ordinary text, special tokens that are spelled out included.
-    """
+def words_of(backend: tokenizers.Tokenizer) -> Words | None:
+    """The words of a tokenizer, None where no proof covers it; special tokens that are spelled out are words, too."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE" or model["dropout"] or not all(token["special"] for token in spec["added_tokens"]):
         return None
-    if spec["pre_tokenizer"] is None:
+    merge, split = backend.model.tokenize, backend.pre_tokenizer
+    if split is None:
         pattern = _merged_whole(spec)
-        bpe = backend.model
-        return pattern and Words(pattern, lambda word: _merge(bpe, word), dummy=" ")
-    if spec["normalizer"] is not None:
-        return None
+        return pattern and Words(pattern, lambda word: [token.id for token in merge(word.replace(" ", "▁"))], dummy=" ")
     splits = _without_trim(spec["pre_tokenizer"])
     pattern = next((pattern for proved, pattern in _PROVED if proved == splits), None)
-    return pattern and Words(pattern, encode, dummy="")
-
-
-def _merge(bpe: Any, word: str) -> list[int]:
-    return [token.id for token in bpe.tokenize(word.replace(" ", "▁"))]
+    if pattern is None or spec["normalizer"] is not None:
+        return None
+    parts = split.pre_tokenize_str
+    return Words(pattern, lambda word: [token.id for part, _ in parts(word) for token in merge(part)], dummy="")
 
 
 def _without_trim(step: dict[str, Any]) -> dict[str, Any]:
