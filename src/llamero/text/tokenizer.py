@@ -181,6 +181,8 @@ class Tokenizer:
 
         Before the text only ("first"), or before each stretch of text between special tokens ("fragments").
         """
+        if self.words is not None:
+            return "fragments" if self.words.dummy else "none"
         spec: Json = json.loads(self.backend.to_str())
         schemes = [scheme for scheme, _ in _dummy_spaces(spec)]
         if "fragments" in schemes:
@@ -269,15 +271,26 @@ class Tokenizer:
         """The backend for a pair of `encode`'s options, made when first asked for."""
         continues = continues and self.dummy_space != "none"
         if (special, continues) not in self._variants:
-            spec: Json = json.loads(self.backend.to_str())
-            spec["post_processor"] = None  # it adds tokens, and some move the spans
-            if continues:
-                for _, remove in _dummy_spaces(spec):
-                    remove()
-            variant = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            variant.encode_special_tokens = not special
-            self._variants[special, continues] = variant
+            self._variants[special, continues] = self._made_variant(special, continues)
         return self._variants[special, continues]
+
+    def _made_variant(self, special: bool, continues: bool) -> tokenizers.Tokenizer:
+        added = self.backend.get_added_tokens_decoder().values()
+        if not (special or continues) and all(token.special for token in added):
+            variant = tokenizers.Tokenizer(self.backend.model)  # shares the vocabulary, and knows no added token
+            if self.backend.normalizer is not None:
+                variant.normalizer = self.backend.normalizer
+            if self.backend.pre_tokenizer is not None:
+                variant.pre_tokenizer = self.backend.pre_tokenizer
+            return variant
+        spec: Json = json.loads(self.backend.to_str())
+        spec["post_processor"] = None  # it adds tokens, and some move the spans
+        if continues:
+            for _, remove in _dummy_spaces(spec):
+                remove()
+        variant = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        variant.encode_special_tokens = not special
+        return variant
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
