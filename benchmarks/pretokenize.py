@@ -65,7 +65,7 @@ def samples(instruct: Path) -> Iterator[list[tuple[str, str]]]:
     for row in rows("orca/validation.jsonl"):
         yield [(turn["role"], turn["content"]) for turn in row["input"]["messages"] + row["preferred_output"]]
     for row in rows("sharegpt/sharegpt_sample.json"):
-        names = {"human": "user", "gpt": "assistant"}
+        names: dict[str, str] = {"human": "user", "gpt": "assistant"}
         yield [(names.get(turn["from"], turn["from"]), turn["value"]) for turn in row["conversations"]]
     for row in rows("dolly/dolly.jsonl"):
         yield [("user", row["prompt"]), ("assistant", row["answer"])]

@@ -74,7 +74,6 @@ _PROVED: list[tuple[dict[str, Any], re.Pattern[str]]] = [
 """What splits a text before it is merged, and the words that it never joins or changes by what stands beside them.
 To add one: the argument, a line here, and its name in the test that compares with the whole text."""
 
-
 _BLANK = re.compile(rf"[{_SPACES}▁]").match
 
 
