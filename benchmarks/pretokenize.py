@@ -66,7 +66,7 @@ def samples(instruct: Path) -> Iterator[list[tuple[str, str]]]:
         yield [(turn["role"], turn["content"]) for turn in row["input"]["messages"] + row["preferred_output"]]
     for row in rows("sharegpt/sharegpt_sample.json"):
         names: dict[str, str] = {"human": "user", "gpt": "assistant"}
-        yield [(names.get(turn["from"], turn["from"]), turn["value"]) for turn in row["conversations"]]
+        yield [(names[turn["from"]], turn["value"]) for turn in row["conversations"]]
     for row in rows("dolly/dolly.jsonl"):
         yield [("user", row["prompt"]), ("assistant", row["answer"])]
 
