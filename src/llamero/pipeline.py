@@ -7,16 +7,16 @@ known before anything runs: `llamero check` prints it, `llamero run` makes what 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llamero.core import artifact, results
+from llamero.core import artifact, files, results
 from llamero.core.artifact import Artifact, Build, Identity
-from llamero.core.download import resolve_model
-from llamero.core.errors import LlameroError
+from llamero.core.download import TOKENIZER_FILES, resolve_model
+from llamero.core.errors import LlameroError, did_you_mean
 from llamero.core.files import ContentDigests
 from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
@@ -78,11 +78,13 @@ class Plan:
         recipe: What to make.
         root: Directory that the recipe's relative paths start from.
         out: Run directory.
+        datasets: Mixtures to make and nothing else; the whole release where it is not given.
     """
 
     recipe: Recipe
     root: Path
     out: Path
+    datasets: Collection[str] | None = None
     stages: list[Stage] = field(default_factory=list)
     models: dict[str, Identity | Path] = field(default_factory=dict)
     """Every model that can be measured: an artifact, or a directory that the user has."""
@@ -92,7 +94,14 @@ class Plan:
         self._base = self._resolve_base()
         refuse_what_does_not_fit(self.recipe, self._base)
         self.tokenizer = self._plan_tokenizer()
-        self.data = {name: self._plan_data(name, self.recipe.data.mixtures[name]) for name in self._mixtures_used()}
+        mixtures = self._mixtures_used() if self.datasets is None else self.datasets
+        self.data = {name: self._plan_data(name, self._mixture(name)) for name in mixtures}
+        self.measurements: list[Identity] = []
+        self.release: Identity | None = None
+        if self.datasets is None:
+            self._plan_release_and_what_leads_to_it()
+
+    def _plan_release_and_what_leads_to_it(self) -> None:
         self._plan_training()
         self._plan_variants()
         self.measurements = self._plan_evaluation()
@@ -109,15 +118,20 @@ class Plan:
         if isinstance(self.recipe.base, ScratchConfig):
             return None
         local = self.root / self.recipe.base
-        return local if local.is_dir() else resolve_model(self.recipe.base)
+        return local if local.is_dir() else resolve_model(self.recipe.base, weights=self.datasets is None)
 
     def _base_parent(self) -> dict[str, str]:
         return {} if self._base is None else {"base": self._digest(self._base)}
 
+    def _tokenizer_digest(self, base: Path) -> str:
+        """Return what decides a base's tokens: its weights do not, so bases with one tokenizer share their datasets."""
+        found = sorted({path for pattern in TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()})
+        return files.digest({path.name: self._digest(path) for path in found})
+
     def _plan_tokenizer(self) -> Identity:
         recipe, base = self.recipe, self._base
         config: dict[str, Any] = {"extra_tokens": recipe.data.extra_tokens, "template": recipe.template}
-        parents = self._base_parent()
+        parents: dict[str, str] = {}
         start: Path | VocabularyConfig
         if isinstance(recipe.base, ScratchConfig):
             start = recipe.base.vocabulary
@@ -127,10 +141,11 @@ class Plan:
         else:
             assert base is not None
             start = base
+            parents = {"base": self._tokenizer_digest(base)}
         identity = Identity("tokenizer", "tokenizer", config, parents)
 
         def make(builds: Builds) -> None:
-            from llamero.data.run import prepare_tokenizer
+            from llamero.data.vocabulary import prepare_tokenizer
 
             build = builds["tokenizer"]
             build.summary = prepare_tokenizer(
@@ -148,16 +163,21 @@ class Plan:
         used += [name for task in self.recipe.evaluate for name in task.mixtures]
         return list(dict.fromkeys(used))
 
+    def _mixture(self, name: str) -> MixtureConfig:
+        mixtures = self.recipe.data.mixtures
+        if name not in mixtures:
+            raise LlameroError(f"there is no mixture `{name}`", fix=did_you_mean(name, mixtures))
+        return mixtures[name]
+
     def _files(self, mixture: MixtureConfig) -> dict[str, str]:
         """Return the digest of every file that a mixture reads; a hub data set is named, not digested."""
-        paths = {role: path for source in mixture.sources for role, path in source.files.items()}
-        return {f"file {role}": self._content(path, f"source {role}") for role, path in paths.items()}
+        return {f"file of {role}": self._content(path, role) for role, path in mixture.files.items()}
 
     def _plan_data(self, name: str, mixture: MixtureConfig) -> Identity:
         recipe = self.recipe
         config = {"mixture": mixture.decides(), "template": recipe.template, "seed": recipe.seed}
         parents = {"tokenizer": self.tokenizer.digest, **self._files(mixture)}
-        identity = Identity("data", f"data-{name}", config, parents)
+        identity = Identity("data", f"data-{name}", config, parents, version=2)
 
         def make(builds: Builds) -> None:
             from llamero.data.run import tokenize_mixture
@@ -171,6 +191,7 @@ class Plan:
                 root=self.root,
                 seed=recipe.seed,
                 out=build.path,
+                team=recipe.parallel.workers,
             )
 
         return self._add(identity.stage, identity, make)
@@ -202,6 +223,7 @@ class Plan:
             config["shape"] = recipe.base.shape.model_dump(mode="json")
         else:
             parents |= self._base_parent()
+            config["new_rows"] = recipe.data.new_rows
         identity = Identity("model", f"train-{stage.name}", config, parents)
 
         def make(builds: Builds) -> None:
@@ -220,6 +242,7 @@ class Plan:
                 parallel=recipe.parallel,
                 seed=recipe.seed,
                 out=build.path,
+                new_rows=recipe.data.new_rows,
             )
 
         return self._add(identity.stage, identity, make)
@@ -390,17 +413,25 @@ def _memory(out: Path) -> Path:
     return out / ".digests.json"
 
 
-def run(recipe: Recipe, *, root: Path, out: Path, on_row: Callable[[Row], None] = lambda row: None) -> Outcome:
+def run(
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path,
+    datasets: Collection[str] | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Outcome:
     """Make everything that a recipe asks for and that is not there yet.
 
     Args:
         recipe: What to make.
         root: Directory that its relative paths start from.
         out: Run directory; artifacts stand in it under their digests.
+        datasets: Mixtures to make and nothing else.
         on_row: Told of every artifact as it is done.
     """
     with artifact.alone_in(out):
-        plan = Plan(recipe, root, out)
+        plan = Plan(recipe, root, out, datasets)
         rows: list[Row] = []
         for stage in plan.stages:
             for row in _make(stage, out):

@@ -175,10 +175,10 @@ def test_on_a_terminal_learned_tokens_are_coloured_and_underlined(dataset, capsy
 
 
 @pytest.mark.parametrize(
-    ("options", "stages"),
-    [([], {"tokenizer", "data-chat", "data-top"}), (["--mixture", "chat"], {"tokenizer", "data-chat"})],
+    ("options", "mixtures"),
+    [([], ["chat", "top"]), (["--mixture", "chat"], ["chat"])],
 )
-def test_tokenize_makes_the_mixtures_and_nothing_else(tmp_path, dataset, monkeypatch, capsys, options, stages):
+def test_tokenize_makes_the_mixtures_and_nothing_else(tmp_path, dataset, monkeypatch, capsys, options, mixtures):
     asked = {}
 
     def run(recipe, **how):
@@ -202,7 +202,7 @@ def test_tokenize_makes_the_mixtures_and_nothing_else(tmp_path, dataset, monkeyp
         )
         == 0
     )
-    assert (asked["only"], asked["out"], asked["workers"]) == (stages, tmp_path / "run", 2)
+    assert ([*asked["datasets"]], asked["out"], asked["workers"]) == (mixtures, tmp_path / "run", 2)
     said = capsys.readouterr().out
     assert "chat, train" in said
     assert f"made: {dataset}" in said

@@ -52,12 +52,12 @@ def tokenize(
     from llamero.recipe.load import load
 
     parsed = load(recipe, set_ if workers is None else (*set_, f"parallel.workers={workers}"))
-    wanted = {f"data-{name}" for name in _mixtures(mixture, parsed, recipe)}
+    wanted = _mixtures(mixture, parsed, recipe)
     target = out_dir or Path("runs") / parsed.name
     with Bars():
-        outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=say_row, only={"tokenizer", *wanted})
+        outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=say_row, datasets=wanted)
     for row in outcome.rows:
-        if row.stage in wanted:
+        if row.stage != "tokenizer":
             summary = artifact.read(row.path).summary
             for split in stats.splits(summary):
                 say_statistics(f"{summary['mixture']}, {split}", *stats.describe(summary, split))

@@ -8,7 +8,6 @@ directory, and the next run of the same stage finds there what can be continued.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -57,7 +56,7 @@ class Identity:
     def digest(self) -> str:
         """Return the name of the content."""
         decided = {"kind": self.kind, "version": self.version, "config": self.config, "parents": self.parents}
-        return hashlib.sha256(files.canonical(decided).encode()).hexdigest()
+        return files.digest(decided)
 
     def path(self, root: Path) -> Path:
         """Return where this artifact stands in a run directory."""

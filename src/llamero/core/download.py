@@ -10,11 +10,25 @@ from llamero.core.errors import LlameroError
 
 _HUB = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<revision>[\w./-]+))?$")
 
+TOKENIZER_FILES = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+]
+"""What a tokenizer is read from; the size of the embedding, in config.json, is told beside it."""
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
 
 
-def resolve_model(model: str | Path) -> Path:
-    """Return the directory of a model, downloading it (resumable, with the user's own login) if it is a hub name."""
+def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
+    """Return the directory of a model, downloading it (resumable, with the user's own login) if it is a hub name.
+
+    Args:
+        model: Directory, or `owner/name[:revision]`.
+        weights: Whether they are wanted; else the files of the tokenizer are enough.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -25,10 +39,10 @@ def resolve_model(model: str | Path) -> Path:
             where=model,
             fix="give a Hugging Face model directory or `owner/name[:revision]`",
         )
-    return _download(found["repo"], found["revision"])
+    return _download(found["repo"], found["revision"], weights=weights)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -40,8 +54,9 @@ def _download(repo: str, revision: str | None) -> Path:
 
     name = f"{repo}:{revision}" if revision else repo
     try:
-        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
-        if not any(directory.glob("*.safetensors")):
+        wanted = PATTERNS if weights else TOKENIZER_FILES
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if weights and not any(directory.glob("*.safetensors")):
             directory = Path(
                 snapshot_download(repo, revision=revision, allow_patterns=[*PATTERNS, "pytorch_model*.bin"])
             )

@@ -90,6 +90,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def digest(value: Any) -> str:
+    """Return the digest of a JSON value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
 def _counts(path: Path, directory: Path) -> bool:
     """Return whether a file belongs to a directory's content.
 
@@ -118,13 +123,13 @@ class ContentDigests:
             raise LlameroError("no such file or directory", where=path)
         if path.is_dir():
             parts = {str(p.relative_to(path)): self(p) for p in sorted(path.rglob("*")) if _counts(p, path)}
-            return hashlib.sha256(canonical(parts).encode()).hexdigest()
+            return digest(parts)
         stat = path.stat()
         key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
         known = self._known.get(key)
         if known and known[:2] == stamp:
             return known[2]
-        digest = sha256(path)
-        self._known[key] = [*stamp, digest]
+        content = sha256(path)
+        self._known[key] = [*stamp, content]
         write_atomically(self._memory, json.dumps(self._known, indent=2), shared=True)
-        return digest
+        return content

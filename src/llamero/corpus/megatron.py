@@ -59,7 +59,8 @@ class Writer:
     def __init__(self, stem: Path, dtype: type[np.integer[Any]], *, start: Position = START) -> None:
         self._stem = stem
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._position = start
+        self.position = start
+        """How far it is."""
         self._bin = _open_at(_beside(stem, ".bin"), start.tokens * self._dtype.itemsize)
         self._lengths = _open_at(_beside(stem, ".lengths"), start.documents * _LENGTH.itemsize)
 
@@ -77,22 +78,22 @@ class Writer:
             raise ValueError(f"{values.size} tokens, the lengths add up to {each.sum(dtype=np.int64)}")
         self._bin.write(values.astype(self._dtype, copy=False).tobytes())
         self._lengths.write(each.tobytes())
-        documents, tokens = self._position
-        self._position = Position(documents + each.size, tokens + values.size)
+        documents, tokens = self.position
+        self.position = Position(documents + each.size, tokens + values.size)
 
     def checkpoint(self) -> Position:
         """Force everything so far to disk and return how far that is."""
         for file in (self._bin, self._lengths):
             file.flush()
             os.fsync(file.fileno())
-        return self._position
+        return self.position
 
     def close(self) -> None:
-        """Finish both files."""
+        """Finish both files; the waiting lengths stay, so that a writer can still go on from a checkpoint."""
         self._bin.close()
         self._lengths.close()
         waiting = _beside(self._stem, ".lengths")
-        count = self._position.documents
+        count = self.position.documents
         code = next(code for code, dtype in CODES.items() if np.dtype(dtype) == self._dtype)
         with _beside(self._stem, ".idx").open("wb") as file:
             file.write(MAGIC + struct.pack("<QBQQ", 1, code, count, count + 1))
@@ -105,7 +106,15 @@ class Writer:
                 offset = int(ends[-1])
             for first in range(0, count + 1, _BLOCK):
                 file.write(np.arange(first, min(first + _BLOCK, count + 1), dtype="<i8").tobytes())
-        waiting.unlink()
+
+    def abandon(self) -> None:
+        """Close both files as they are."""
+        self._bin.close()
+        self._lengths.close()
+
+    def forget(self) -> None:
+        """Remove the waiting lengths of a finished pair."""
+        _beside(self._stem, ".lengths").unlink()
 
     def __enter__(self) -> Writer:
         return self
@@ -113,9 +122,9 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
             self.close()
+            self.forget()
         else:
-            self._bin.close()
-            self._lengths.close()
+            self.abandon()
 
 
 _LENGTH = np.dtype("<i4")

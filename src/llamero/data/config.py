@@ -9,7 +9,25 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from llamero.core.config import Strict
 from llamero.corpus import toy_world
 
-Layout = Literal["alpaca", "alpaca-rendered", "orca", "sharegpt", "messages", "pair", "text"]
+Layout = Literal[
+    "messages",
+    "sharegpt",
+    "sharegpt-clean",
+    "alpaca",
+    "alpaca-gpt4",
+    "alpaca-rendered",
+    "orca",
+    "orca-chat",
+    "dolphin",
+    "dolly",
+    "instruction-response",
+    "pair",
+    "dialogue",
+    "preference",
+    "oasst",
+    "oasst-flat",
+    "text",
+]
 Action = Literal["report", "drop"]
 
 
@@ -32,7 +50,13 @@ class _Source(Strict):
 
     def decides(self) -> dict[str, object]:
         """Return what decides the samples, files left out."""
-        return self.model_dump(mode="json", exclude={"path"})
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _share_or_number(self) -> Self:
+        if self.fraction is not None and self.size is not None:
+            raise ValueError("give `fraction` or `size`, not both")
+        return self
 
 
 class FileSource(_Source):
@@ -44,6 +68,8 @@ class FileSource(_Source):
     """JSON, JSONL, Parquet or text file (also .gz, .zst, .tar.gz), or a directory of them, relative to the recipe."""
     hub: str | None = None
     """`owner/name` of a hub data set, read through `datasets` (`pip install llamero[data]`)."""
+    data_files: str | None = None
+    """File of the hub data set to read, where it has several."""
     split: str = "train"
     """Split of the hub data set; several with commas between."""
     layout: Layout | None = None
@@ -52,6 +78,8 @@ class FileSource(_Source):
     """Languages to keep, with commas between (`en,de`); of a message tree the language of its root counts."""
     top_k: int | None = Field(default=None, gt=0)
     """Of ranked replies (OASST) the best so many at every turn; all where it is not stated."""
+    synthetic: bool = False
+    """Whether trees keep messages that a model wrote (OASST)."""
     refusals: bool | str = False
     """Leave out samples in which somebody speaks as "an AI language model" does; or a file with a phrase a line."""
     join_chars: int | None = Field(default=None, gt=0)
@@ -63,8 +91,14 @@ class FileSource(_Source):
 
     @property
     def files(self) -> dict[str, str]:
-        """Return the file or directory."""
-        return {} if self.path is None else {self.source: self.path}
+        """Return the file or directory, and the file of refusal phrases if it is the user's own."""
+        found = {self.source: self.path, f"{self.source} refusals": self.refusals}
+        return {role: path for role, path in found.items() if isinstance(path, str)}
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the samples, files left out."""
+        own_phrases = {"refusals": True} if isinstance(self.refusals, str) else {}
+        return {key: value for key, value in (super().decides() | own_phrases).items() if key != "path"}
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -137,7 +171,7 @@ class DecontaminateConfig(Strict):
     """Samples that overlap with test questions."""
 
     against: dict[str, str] = Field(min_length=1)
-    """Test sets by name: a benchmark directory (`arc_challenge`, `gsm8k` …) or a file of texts, relative to the recipe."""
+    """Test sets by name: a folder of benchmarks (or of one, `gsm8k` …) or a file of texts, relative to the recipe."""
     ngram: Literal[8, 13] = 13
     """Words of a passage that counts as taken from a test set."""
     action: Action = "drop"
@@ -164,9 +198,16 @@ class MixtureConfig(Strict):
     lengthen: LengthenConfig | None = None
     """Make long documents of the samples."""
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Return every path that the mixture reads, by its role."""
+        found = {f"source {role}": path for source in self.sources for role, path in source.files.items()}
+        tests = self.decontaminate.against if self.decontaminate else {}
+        return found | {f"test set {name}": path for name, path in tests.items()}
+
     def decides(self) -> dict[str, object]:
         """Return what decides the dataset, files left out."""
-        said = self.model_dump(mode="json", exclude={"sources"})
+        said = self.model_dump(mode="json", exclude={"sources": True, "decontaminate": {"against"}})
         return {**said, "sources": [source.decides() for source in self.sources]}
 
     @model_validator(mode="after")
@@ -183,6 +224,9 @@ class DataConfig(Strict):
 
     extra_tokens: list[str] = []
     """Special tokens that get the next free ids, in this order; those that a template needs included."""
+    new_rows: Literal["mean", "copy_last"] = "mean"
+    """Where embedding rows of new tokens start: the `mean` of the base tokens' rows, or `copy_last`, a copy of the last
+    of them (what Megatron's checkpoint tools do, and so how the published models began)."""
     mixtures: dict[str, MixtureConfig] = {}
     """Mixtures by name; training stages and calibration refer to them."""
 

@@ -12,7 +12,8 @@ import torch
 from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.core.results import Result
-from llamero.corpus import benchmarks, megatron, toy_world
+from llamero.corpus import benchmarks, toy_world
+from llamero.corpus.dataset import Dataset
 from llamero.evaluate import choices, h4
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
 from llamero.infer import score
@@ -131,7 +132,7 @@ def _texts(task: PerplexityTask, subject: Subject) -> Iterator[tuple[str, list[i
         windows = score.sliding(len(ids), window=task.window, stride=task.stride)
         yield name, ids, windows, f"window {task.window}, stride {task.stride}, {'BOS first' if head else 'no BOS'}"
     for name in task.validation:
-        documents = [d.tolist() for d in megatron.Reader(subject.mixtures[name] / "val-text")]
+        documents = [d.tolist() for d in Dataset(subject.mixtures[name]).tokens("val")]
         if not documents:
             raise LlameroError(f"mixture `{name}` has no validation documents", fix="give a source `val_split`")
         windows = score.documents([len(document) for document in documents])

@@ -16,3 +16,5 @@ class ParallelConfig(Strict):
     """Packed rows that go through the model at a time; 0 takes the whole batch. Changes memory, not the result."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` takes CUDA where there is one."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes that read and tokenize data; one per core where it is not stated."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llamero.core.errors import LlameroError
-from llamero.corpus import megatron
+from llamero.corpus.dataset import Dataset
 from llamero.engine import resume
 from llamero.engine.batches import Batches
 from llamero.engine.loop import train
@@ -107,12 +107,16 @@ def device(parallel: ParallelConfig) -> torch.device:
 
 
 def _batches(data: Path, split: str, stage: StageConfig, *, seed: int) -> Batches:
-    tokens, roles = megatron.Reader(data / f"{split}-text"), megatron.Reader(data / f"{split}-role")
+    dataset = Dataset(data)
+    tokens, roles = dataset.tokens(split), dataset.roles(split)
+    if roles is None:
+        raise LlameroError("the dataset has no roles, so nobody knows what is to be learned", where=data)
     return Batches(tokens, roles, stage, seed=seed, where=f"{data.name}, {split}")
 
 
 def _has_validation(data: Path) -> bool:
-    return len(megatron.Reader(data / "val-text")) > 0
+    dataset = Dataset(data)
+    return "val" in dataset.splits and len(dataset.tokens("val")) > 0
 
 
 def _model(start: Path | ShapeConfig, tokenizer: Tokenizer, *, seed: int, new_rows: NewRows) -> tuple[Llama, int]:

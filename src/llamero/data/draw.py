@@ -1,0 +1,42 @@
+"""Chances that depend on a sample alone: whoever draws, in whatever order, draws the same.
+
+The mixing function is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WITHIN = 1 << 20
+"""Samples that one unit may hold."""
+
+
+def keys(
+    seed: int, source: str, purpose: str, units: NDArray[Any], index: NDArray[Any] | int = 0
+) -> NDArray[np.uint64]:
+    """Return an evenly spread number in [0, 2⁶⁴) for each sample.
+
+    Args:
+        seed: Of the recipe.
+        source: Name of the source.
+        purpose: What is drawn; different purposes are independent.
+        units: Number of each sample's unit within its source.
+        index: Its number within the unit.
+    """
+    start = int.from_bytes(hashlib.blake2b(f"{seed}/{source}/{purpose}".encode(), digest_size=8).digest())
+    number = np.asarray(units, dtype=np.uint64) * np.uint64(_WITHIN) + np.asarray(index, dtype=np.uint64)
+    return _mix(np.uint64(start) + (number + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):  # arithmetic is modulo 2⁶⁴
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def below(found: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """Return which of some keys fall into the lowest `share` of all."""
+    return found.astype(np.float64) < share * 2.0**64
