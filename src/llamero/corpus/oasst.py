@@ -102,9 +102,8 @@ def _ranked(parent: Row, message: Row, top_k: int) -> bool:
 
 def _chat(thread: list[Row], language: str) -> Chat:
     """Return a conversation up to its last answer."""
-    if thread[-1].get("role") == "prompter":
-        thread = thread[:-1]
-    return Chat(tuple(_message(number, message) for number, message in enumerate(thread)), language)
+    said = tuple(_message(number, message) for number, message in enumerate(thread))
+    return Chat(said if said[-1].role == "assistant" else said[:-1], language)
 
 
 def _message(number: int, message: Row) -> Message:
