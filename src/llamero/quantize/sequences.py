@@ -8,8 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llamero.core.errors import LlameroError
-from llamero.corpus import megatron, sources
-from llamero.corpus.sources import BadRowError, Document
+from llamero.corpus import layouts, megatron, rows
+from llamero.corpus.samples import BadRowError, Document
 from llamero.quantize.config import Calibration
 from llamero.text.tokenizer import Tokenizer
 
@@ -29,18 +29,19 @@ def from_mixture(directory: Path, config: Calibration) -> list[Int[Tensor, " tim
 
 def from_text(path: Path, tokenizer: Tokenizer, config: Calibration) -> list[Int[Tensor, " time"]]:
     """Return the beginning of a text file, cut into sequences."""
-    read = sources.layout_named("text").read
     ids: list[int] = []
-    for located in sources.rows(path):
+    for located in rows.rows(path):
+        if located.row is None:
+            raise LlameroError(located.problem, where=located.where, fix="mend the file")
         try:
-            sample = read(located.row) if located.row is not None else None
+            found = layouts.LAYOUTS["text"].read(located.row, layouts.Options())
         except BadRowError as error:
             raise LlameroError(
                 str(error), where=located.where, fix="give rows with a `text`, or a .txt file"
             ) from error
-        if not isinstance(sample, Document):
-            raise LlameroError(located.problem, where=located.where, fix="mend the file")
-        ids += tokenizer.encode(sample.text)
+        for document in found:
+            assert isinstance(document, Document)
+            ids += tokenizer.encode(document.text)
     return _cut(np.asarray(ids, dtype=np.int64), config, where=path)
 
 
