@@ -18,7 +18,7 @@ def text(row: Row, *keys: str, optional: bool = False) -> str:
         if optional:
             return ""
         what = "null" if keys[0] in row else "missing"
-        raise BadRowError(f"`{keys[0]}` is {what}; the row has {', '.join(row) or 'no keys'}")
+        raise BadRowError(f"`{keys[0]}` is {what}; the row has {names(row)}")
     key, value = found[0], row[found[0]]
     if not isinstance(value, str):
         raise BadRowError(f"`{key}` must be text, is {short(value)}")
@@ -33,3 +33,13 @@ def short(value: Any) -> str:
     """Return the type and the beginning of a value, for messages."""
     said = repr(value)
     return f"{type(value).__name__} {said[:60]}{'…' if len(said) > 60 else ''}"
+
+
+def names(row: Row) -> str:
+    """Return the keys of a row, for messages."""
+    return printable(", ".join(list(row)[:20]) + (" …" if len(row) > 20 else "")) or "no keys"
+
+
+def printable(value: object) -> str:
+    """Return a value as text that can be printed, half characters written as escapes."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -228,7 +228,7 @@ def _turn(turn: Any, where: str) -> Message:
         raise BadRowError(f"`{where}.{role_key}` is {fields.short(role)}; known: {', '.join(roles)}")
     weight = turn.get("loss_weight")
     if weight not in (0, 1, None):  # Parquet has a null where a turn has no such key
-        raise BadRowError(f"`{where}.loss_weight` is {weight}; only 0 and 1 are understood")
+        raise BadRowError(f"`{where}.loss_weight` is {fields.short(weight)}; only 0 and 1 are understood")
     return Message(roles[role], _content(turn, text_key, where), learned=weight != 0)
 
 
@@ -432,7 +432,7 @@ def detect(row: Row, *, where: str) -> str:
     if len(best) != 1:
         found = f"fit {' and '.join(best)}" if best else "fit no known layout"
         raise LlameroError(
-            f"the keys {', '.join(row)} {found}", where=where, fix=f"state `layout:`, one of {', '.join(LAYOUTS)}"
+            f"the keys {fields.names(row)} {found}", where=where, fix=f"state `layout:`, one of {', '.join(LAYOUTS)}"
         )
     return best[0]
 

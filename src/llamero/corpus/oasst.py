@@ -45,7 +45,7 @@ def threads(tree: Row, *, top_k: int | None, synthetic: bool = False) -> Sequenc
             )
         raise BadRowError(f"`prompt` must be a message, is {fields.short(prompt)}")
     if tree.get("tree_state") != READY:
-        return [LeftOut(f"tree state {tree.get('tree_state')}")]
+        return [LeftOut(f"tree state {fields.printable(tree.get('tree_state'))}")]
     if not prompt.get("review_result"):
         return [LeftOut("prompt not approved in review")]
     language = fields.text(prompt, "lang", optional=True)
@@ -122,7 +122,7 @@ def _message(number: int, message: Row) -> Message:
 
 
 def _name(message: Row) -> str:
-    return f"message {message.get('message_id')}"
+    return f"message {fields.printable(message.get('message_id'))}"
 
 
 # -- tables
@@ -195,24 +195,26 @@ def _fault(messages: list[_Message]) -> Located | None:
     children: dict[str | None, list[_Message]] = {None: []}
     for message in messages:
         if message.name in known:
-            return Located(message.where, None, f"message {message.name} stands twice in its tree")
+            return _faulty(message, f"message {message.name} stands twice in its tree")
         known[message.name] = message
         children.setdefault(message.parent, []).append(message)
     for name in children:
         if name is not None and name not in known:
             child = children[name][0]
             what = f"message {name}, the parent of message {child.name}, is missing, or stands apart from its tree"
-            return Located(child.where, None, what)
+            return _faulty(child, what)
     roots = children[None]
     if len(roots) > 1:
-        what = f"the tree has two roots, message {roots[0].name} and message {roots[1].name}"
-        return Located(roots[1].where, None, what)
+        return _faulty(roots[1], f"the tree has two roots, message {roots[0].name} and message {roots[1].name}")
     waiting = list(roots)
     while waiting:
         name = waiting.pop().name
         del known[name]
         waiting += children.get(name, [])
     for message in known.values():
-        what = f"a cycle: from parent to parent, message {message.name} leads to no root"
-        return Located(message.where, None, what)
+        return _faulty(message, f"a cycle: from parent to parent, message {message.name} leads to no root")
     return None
+
+
+def _faulty(message: _Message, problem: str) -> Located:
+    return Located(message.where, None, fields.printable(problem))
