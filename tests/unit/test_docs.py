@@ -75,7 +75,7 @@ def test_what_two_tables_name_is_the_same():
     """Names that a config offers and the table that acts on them, where they stand in two rooms."""
     from typing import get_args
 
-    from llamero.corpus.sources import LAYOUTS
+    from llamero.corpus.layouts import LAYOUTS
     from llamero.data.config import Layout
     from llamero.engine.schedule import SHAPES
     from llamero.engine.stage import StageConfig

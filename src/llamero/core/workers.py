@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from llamero.core.errors import LlameroError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable
     from concurrent.futures import Future
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+def ordered(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
     """Yield `work(item)` for every item, in their order; few items are held at any time.
 
     Args:

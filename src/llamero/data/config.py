@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from llamero.core.config import Strict
-from llamero.corpus import toy_world
+from llamero.corpus import known, toy_world
 
 Layout = Literal[
     "messages",
@@ -74,6 +75,8 @@ class FileSource(_Source):
     """Split of the hub data set; several with commas between."""
     layout: Layout | None = None
     """Layout of the rows; recognised by their keys where it is not stated."""
+    language: str = ""
+    """Language of rows that name none."""
     lang: str | None = None
     """Languages to keep, with commas between (`en,de`); of a message tree the language of its root counts."""
     top_k: int | None = Field(default=None, gt=0)
@@ -100,10 +103,24 @@ class FileSource(_Source):
         own_phrases = {"refusals": True} if isinstance(self.refusals, str) else {}
         return {key: value for key, value in (super().decides() | own_phrases).items() if key != "path"}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, said: Any) -> Any:
+        """Fill in what is known of a published data set, where a recipe gives only its name."""
+        if not isinstance(said, dict) or said.get("path") or said.get("hub"):
+            return said
+        found = known.lookup(str(said.get("source", "")))
+        if found is None or not found.hub:
+            return said
+        keys = {field.name for field in fields(found)} & cls.model_fields.keys()
+        return {**{key: getattr(found, key) for key in sorted(keys)}, **said}
+
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give `path` or `hub`, one of them")
+        if self.path is not None and self.hub is not None:
+            raise ValueError("give `path` or `hub`, not both")
+        if self.path is None and self.hub is None:
+            raise ValueError(f"`{self.source}` is no published data set that is known; give `path` or `hub`")
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,7 @@ class RowParser:
                 f"`top_k` and `synthetic` are for message trees, the layout of `{source.source}` is {layout}",
                 fix=f"remove them, or state `layout:` {' or '.join(TREES)}",
             )
+        self._language = source.language
         self._languages = frozenset(part.strip() for part in source.lang.split(",")) if source.lang else frozenset()
         file = root / source.refusals if isinstance(source.refusals, str) else None
         self._refusals = Refusals.load(file) if source.refusals else None
@@ -94,6 +95,8 @@ class RowParser:
     def _wanted(self, sample: Sample | LeftOut) -> Sample | LeftOut | Fault:
         if isinstance(sample, LeftOut):
             return sample
+        if self._language and not sample.language:
+            sample = replace(sample, language=self._language)
         if self._languages and sample.language not in self._languages:
             if not sample.language:
                 return Fault(f"the row names no language, `lang` asks for {', '.join(sorted(self._languages))}")

@@ -283,8 +283,9 @@ class Encoder:
         tokenizer = self.tokenizer
         head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         tail = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-        body = tokenizer.encode(text)
-        ids = np.asarray([*head, *body, *tail] if body else [], dtype=np.int32)  # the end alone teaches nothing
+        body = tokenizer.encode_array(text)
+        # the end alone teaches nothing
+        ids = np.concatenate((head, body, tail)).astype(np.int32) if body.size else body
         roles = np.full(ids.size, Role.TEXT, dtype=np.uint8)
         roles[: len(head)] += SCAFFOLD
         learned = np.arange(ids.size) > 0  # the first token follows nothing
@@ -292,14 +293,13 @@ class Encoder:
 
     def _take(self, chunk: Chunk, placed: Placed, encoded: RenderedArrays, part: Part, *, once: bool) -> None:
         sample, source = placed.sample, self._mixture.sources[chunk.source]
-        supervised = int(encoded.learned.sum())
+        supervised = int(np.count_nonzero(encoded.learned))
         roles = marked(encoded)
         problem = self._problem(sample, roles, supervised)
         if problem:
             part.stats.skip(problem, roles.size)
             return
-        drawn = draw.keys(self._seed, source.source, "weight", np.asarray([placed.unit]), placed.index)
-        copies = 1 if once else int(source.weight) + int(draw.below(drawn, source.weight % 1)[0])
+        copies = 1 if once else self._copies(source, placed)
         if copies == 0:
             part.stats.skip("left out by weight", roles.size)
             return
@@ -311,8 +311,16 @@ class Encoder:
         part.roles += [roles] * copies
         part.labels += [placed.where] * copies
         if self._mixture.jsonl:
-            text = self.tokenizer.decode(encoded.ids.tolist(), skip_special=False) if chat else sample.text
+            text = encoded.text if chat else sample.text
             part.lines += [json.dumps({"text": text}, ensure_ascii=False) + "\n"] * copies
+
+    def _copies(self, source: SourceConfig, placed: Placed) -> int:
+        """Return how often a sample is taken; where the weight has a fraction, a draw decides about once more."""
+        whole, part = divmod(source.weight, 1)
+        if not part:
+            return int(whole)
+        drawn = draw.keys(self._seed, source.source, "weight", np.asarray([placed.unit]), placed.index)
+        return int(whole) + int(draw.below(drawn, part)[0])
 
     def _problem(self, sample: Sample, roles: NDArray[np.uint8], supervised: int) -> str:
         """Return why a sample is not taken, or nothing.
@@ -322,9 +330,9 @@ class Encoder:
         mixture = self._mixture
         if not supervised:
             return "nothing to learn"
-        spoken = np.count_nonzero(roles % SCAFFOLD == Role.ASSISTANT)
-        if isinstance(sample, Chat) and spoken < mixture.min_assistant_tokens:
-            return f"fewer than {mixture.min_assistant_tokens} assistant tokens"
+        least = mixture.min_assistant_tokens
+        if least and isinstance(sample, Chat) and np.count_nonzero(roles % SCAFFOLD == Role.ASSISTANT) < least:
+            return f"fewer than {least} assistant tokens"
         if mixture.max_tokens is not None and roles.size > mixture.max_tokens:
             return f"more than {mixture.max_tokens} tokens"
         return ""
@@ -332,5 +340,5 @@ class Encoder:
 
 def marked(said: RenderedArrays) -> NDArray[np.uint8]:
     """Return a role per token; what an assistant says but must not teach is marked as the template's."""
-    mute = (said.roles == Role.ASSISTANT) & ~said.learned
-    return np.where(mute, said.roles + SCAFFOLD, said.roles).astype(np.uint8)
+    mute = (said.roles == Role.ASSISTANT) > said.learned
+    return np.where(mute, said.roles + SCAFFOLD, said.roles).astype(np.uint8) if mute.any() else said.roles

@@ -107,6 +107,27 @@ def _statistics(data: Artifact) -> Iterator[str]:
     labels = dict.fromkeys(label for each in said.values() for label in each)
     if labels:
         yield table(["", *said], [[label, *(each.get(label, "") for each in said.values())] for label in labels])
+    yield from _selection(data.summary)
+
+
+def _selection(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was searched for before anything was tokenized, and what was found."""
+    if "decontamination" in summary:
+        yield f"**Test sets**: {summary['decontamination']['statement']}"
+    if "duplicates" in summary:
+        found = summary["duplicates"]
+        alike = found["within_sources"] + found["across_sources"]
+        what = "were left out" if found["dropped"] else "were learned too"
+        where = f"{count(found['within_sources'])} within a source, {count(found['across_sources'])} across sources"
+        yield (
+            f"**Near-duplicates**: {count(alike)} of {count(found['samples'])} samples resemble an earlier one to "
+            f"{found['threshold']:.0%} ({where}); they {what}."
+        )
+    if "lengthen" in summary:
+        domains = summary["lengthen"]["domains"]
+        shares = [[name, f"{said['share']:.1%}", f"{said['kept_share']:.1%}"] for name, said in domains.items()]
+        if shares:
+            yield table(["Domain", "Share of the corpus", "Share of the long documents"], shares)
 
 
 def _unsaid(whole: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from llamero.text.tokenizer import load_tokenizer
 SHARED = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).parents[4] / "shared"))
 ROWS = 2_000
 IDS = [32005, 1404, 13, 18567, 32006, 29871, 13, 32005, 20255, 13, 10994, 727, 32006, 29871, 13]
-"""`<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello there<|im_end|>⏎`, SentencePiece's dummy spaces included."""
+"""`<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello there<|im_end|>⏎`, its dummy spaces included."""
 
 
 def corpus(directory):

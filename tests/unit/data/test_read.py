@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from llamero.core.errors import LlameroError
-from llamero.corpus.sources import Chat, Document
+from llamero.corpus.samples import Chat, Document
 from llamero.data.config import FileSource, ToyWorldSource
 from llamero.data.read import Reading
 
@@ -18,6 +18,18 @@ def reading(tmp_path, *lines, **keys):
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (tmp_path / "a.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     return Reading(FileSource(source="a", path="a.jsonl", **keys), tmp_path)
+
+
+def counted(rows):
+    """Where samples were found, and what was met instead of samples, by reason."""
+    found, reasons = [], Counter()
+    for parsed in map(rows.parse, rows):
+        for item in parsed.found:
+            if isinstance(item, Chat | Document):
+                found.append(parsed.where)
+            else:
+                reasons[item.reason] += 1
+    return found, reasons
 
 
 MALFORMED = {
@@ -36,7 +48,7 @@ MALFORMED = {
 @pytest.mark.parametrize(("row", "reason"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_row_stops_everything_at_its_line(tmp_path, row, reason):
     with pytest.raises(LlameroError) as told:
-        list(reading(tmp_path, GOOD, GOOD, row, GOOD))
+        list(reading(tmp_path, GOOD, GOOD, row, GOOD).samples())
     assert told.value.where == str(tmp_path / "a.jsonl:3")
     assert told.value.problem.startswith(reason)
     assert "on_error: skip" in str(told.value.fix)
@@ -45,8 +57,8 @@ def test_a_malformed_row_stops_everything_at_its_line(tmp_path, row, reason):
 @pytest.mark.parametrize(("row", "reason"), MALFORMED.values(), ids=MALFORMED)
 def test_or_is_counted_and_skipped(tmp_path, row, reason):
     rows = reading(tmp_path, GOOD, row, GOOD, row, on_error="skip")
-    assert [found.where for found in rows] == [str(tmp_path / f"a.jsonl:{line}") for line in (1, 3)]
-    assert rows.skipped == Counter({reason: 2})
+    assert [found.where for found in rows.samples()] == [str(tmp_path / f"a.jsonl:{line}") for line in (1, 3)]
+    assert counted(rows)[1] == Counter({reason: 2})
 
 
 def test_rows_of_one_fault_are_counted_together(tmp_path):
@@ -63,22 +75,22 @@ def test_rows_of_one_fault_are_counted_together(tmp_path):
         layout="messages",
         on_error="skip",
     )
-    assert list(rows) == []
-    assert rows.skipped == Counter(
+    assert counted(rows) == (
+        [],
         {
             "`messages.N.role` is str 'tool'": 2,
             "`content` must be text": 2,
             "`messages.N.content` has parts that are not text": 1,
-        }
+        },
     )
 
 
 @pytest.mark.parametrize("first", [{"a": 1}, {"instruction": "I"}, "{"], ids=["foreign", "key missing", "half"])
 def test_the_layout_is_recognised_by_the_first_row_that_has_one(tmp_path, first):
     rows = reading(tmp_path, first, GOOD, on_error="skip")
-    assert len(list(rows)) == 1
     assert rows.layout == "alpaca"
-    assert rows.skipped.total() == 1
+    found, reasons = counted(rows)
+    assert (len(found), reasons.total()) == (1, 1)
 
 
 def test_an_unknown_layout_stops_everything_where_faults_do(tmp_path):
@@ -88,15 +100,14 @@ def test_an_unknown_layout_stops_everything_where_faults_do(tmp_path):
 
 def test_a_row_of_another_layout_is_malformed(tmp_path):
     with pytest.raises(LlameroError, match=r"a\.jsonl:2: `instruction` is missing; the row has text"):
-        list(reading(tmp_path, GOOD, {"text": "T"}))
+        list(reading(tmp_path, GOOD, {"text": "T"}).samples())
 
 
 def test_an_empty_file_is_an_error_or_a_counted_skip(tmp_path):
     with pytest.raises(LlameroError, match=r"a\.jsonl: the file has no rows"):
         list(reading(tmp_path))
-    rows = reading(tmp_path, on_error="skip")
-    assert list(rows) == []
-    assert rows.skipped == Counter({"the file has no rows": 1})
+    rows = reading(tmp_path, on_error="skip", layout="alpaca")
+    assert counted(rows) == ([], {"the file has no rows": 1})
 
 
 def test_a_limit_counts_rows(tmp_path):
@@ -116,12 +127,15 @@ def hub(monkeypatch, rows):
 
     vars(library)["load_dataset"] = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", library)
-    return list(Reading(FileSource(source="a", hub="owner/name", split="test"), Path("/")))
+    return list(Reading(FileSource(source="a", hub="owner/name", split="test"), Path("/")).samples())
 
 
 def test_a_data_set_of_the_hub_is_a_source_like_others(monkeypatch):
-    assert [found.where for found in hub(monkeypatch, [GOOD, GOOD])] == ["owner/name:row 1", "owner/name:row 2"]
-    with pytest.raises(LlameroError, match="owner/name:row 2: `output` is missing"):
+    assert [found.where for found in hub(monkeypatch, [GOOD, GOOD])] == [
+        "owner/name:test:row 1",
+        "owner/name:test:row 2",
+    ]
+    with pytest.raises(LlameroError, match="owner/name:test:row 2: `output` is missing"):
         hub(monkeypatch, [GOOD, {"instruction": "I"}])
 
 
@@ -138,8 +152,8 @@ def test_the_library_for_the_hub_is_named_where_it_is_missing(monkeypatch):
 
 
 def test_the_toy_world_is_a_source_like_others(tmp_path):
-    texts = list(Reading(ToyWorldSource(toy_world="documents", count=5), tmp_path))
-    chats = list(Reading(ToyWorldSource(toy_world="conversations", count=5), tmp_path))
+    texts = list(Reading(ToyWorldSource(toy_world="documents", count=5), tmp_path).samples())
+    chats = list(Reading(ToyWorldSource(toy_world="conversations", count=5), tmp_path).samples())
     assert all(isinstance(found.sample, Document) for found in texts)
     assert all(isinstance(found.sample, Chat) for found in chats)
     assert [found.where for found in chats] == [f"toy_world:{number}" for number in range(1, 6)]

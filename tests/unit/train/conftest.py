@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llamero.data.config import DataConfig, MixtureConfig
-from llamero.data.run import prepare_tokenizer, tokenize_mixture
+from llamero.data.run import tokenize_mixture
+from llamero.data.vocabulary import prepare_tokenizer
 from llamero.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 WORDS = "the cat sat on the mat and the dog sat on the log\n"
