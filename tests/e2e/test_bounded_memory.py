@@ -27,8 +27,8 @@ summary = tokenize_mixture(
 print(summary["train"]["total"]["accepted"], summary["val"]["total"]["accepted"])
 """
 
-WORDS = [f"word{number}" for number in range(2000)]
-ROWS = 20_000
+WORDS = [f"{first}{last}" for first in ("ba", "de", "lo", "mi") for last in range(500)]
+ROWS = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory):
         for _ in range(ROWS):
             answer = " ".join(draw.choices(WORDS, k=2400))
             file.write(json.dumps({"instruction": "say something", "output": answer}) + "\n")
-    tokenizer = train_bpe(iter([" ".join(WORDS)] * 3), vocab_size=600).with_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = train_bpe(iter([" ".join(WORDS)] * 3), vocab_size=265).with_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.save(root / "tokenizer")
     return root
 

@@ -40,3 +40,17 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def below(found: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """Return which of some keys fall into the lowest `share` of all."""
     return found.astype(np.float64) < share * 2.0**64
+
+
+def lowest(found: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
+    """Return which keys are the `count` lowest; of equal ones the first."""
+    if count >= found.size:
+        return np.ones(found.size, dtype=np.bool_)
+    if count == 0:
+        return np.zeros(found.size, dtype=np.bool_)
+    chosen = found <= np.partition(found, count - 1)[count - 1]
+    too_many = int(np.count_nonzero(chosen)) - count
+    if too_many:
+        equal = np.flatnonzero(chosen & (found == found[chosen].max()))
+        chosen[equal[-too_many:]] = False
+    return chosen

@@ -276,7 +276,7 @@ def _split(source: SourceConfig, survey: Survey, fate: NDArray[np.uint8], seed: 
     wanted = _wanted(source, train.size)
     if wanted < train.size:
         found = draw.keys(seed, source.source, "take", survey.units[train], survey.index[train])
-        fate[train[np.argsort(found, kind="stable")[wanted:]]] = NOT_DRAWN
+        fate[train[~draw.lowest(found, wanted)]] = NOT_DRAWN
     return source.fraction or (wanted / train.size if train.size else 1.0)
 
 
@@ -293,7 +293,9 @@ def _validation_units(source: SourceConfig, counts: NDArray[np.int64], seed: int
     if not source.val_split or units.size < 2:
         return chosen
     wanted = min(max(1, round(units.size * source.val_split)), units.size - 1)
-    order = units[np.argsort(draw.keys(seed, source.source, "val", units), kind="stable")][:wanted]
+    found = draw.keys(seed, source.source, "val", units)
+    drawn = draw.lowest(found, wanted)
+    order = units[drawn][np.argsort(found[drawn], kind="stable")]
     if source.max_val_set is not None:
         order = order[np.cumsum(counts[order]) <= source.max_val_set]
     chosen[order] = True

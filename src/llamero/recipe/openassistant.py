@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from llamero.core.errors import LlameroError
+from llamero.corpus import known
 from llamero.recipe import lines
 
 DEFAULTS = "defaults"
@@ -77,24 +78,11 @@ _OVERRULED: Mapping[str, str] = {"size": "fraction", "hf_dataset_name": "input_f
 """Keys of a dataset that the published loader passes over where another is there."""
 
 
-@dataclass(frozen=True)
-class _Loader:
-    """What a published loader does without being asked."""
-
-    refusals: bool = False
-    """Leaves out samples in which somebody speaks as a refusing assistant."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-_LOADERS: Mapping[str, _Loader] = {
-    "oasst_export": _Loader(defaults={"lang": "en", "hf_dataset_name": "OpenAssistant/oasst1"}),
-    "orca_chat": _Loader(),
-    "dolphin_mix": _Loader(defaults={"max_char_len": 8000}),
-    "alpaca_gpt4": _Loader(),
-    **dict.fromkeys(("megacode", "megacode2", "megacode3", "oa_leet10k"), _Loader(refusals=True)),
-    **dict.fromkeys(("dolly15k", "dolly15k_multilingual", "alpaca", "code_alpaca"), _Loader(refusals=True)),
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "oasst_export": {"lang": "en", "hf_dataset_name": "OpenAssistant/oasst1"},
+    "dolphin_mix": {"max_char_len": 8000},
 }
-"""Datasets that are a source here too, under the name they have here."""
+"""Keys that published loaders take where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +208,7 @@ class _Conversion:
                 )
             seen.add(source)
             keys = {"source": source, **self._source_keys(source, options, node)}
-            placed = source in _LOADERS or {"path", "hub"} & keys.keys()
+            placed = known.lookup(source) or {"path", "hub"} & keys.keys()
             written.append(f"- {_flow(keys)}" if placed else f"# - {_flow(keys)}")
             if not placed:
                 self.unmapped.append(f"{name}: no source of that name is known here; give it a `path` or a `hub`")
@@ -247,12 +235,11 @@ class _Conversion:
 
     def _source_keys(self, source: str, options: Mapping[str, Any], node: yaml.Node) -> dict[str, Any]:
         """Return the keys of a source in the order of the dataset's; then what its loader does without being asked."""
-        loader = _LOADERS.get(source, _Loader())
         stated = {key: value for key, value in options.items() if value is not None}
         for key in stated.keys() & set(_NUMBERS):
             if not isinstance(stated[key], int | float) or (key == "fraction" and stated[key] <= 0):
                 raise LlameroError(f"`{key}: {stated[key]}` takes nothing", where=lines.at(node.start_mark))
-        for key, value in {**loader.defaults, "val_split": VAL_SPLIT}.items():
+        for key, value in {**_DEFAULTS.get(source, {}), "val_split": VAL_SPLIT}.items():
             if key not in stated and not (key == "hf_dataset_name" and "input_file_path" in stated):
                 stated[key] = value
                 self.notes.append(f"{source}: {key} is not stated, the published default {value} is written out")
@@ -263,7 +250,8 @@ class _Conversion:
         if cap:
             ours["max_val_set"] = min(ours.get("max_val_set", cap), cap)
             self.notes.append(f"{source}: eval_size {cap} caps every source, as its max_val_set")
-        if loader.refusals:
+        published = known.lookup(source)
+        if published is not None and published.refusals:
             ours["refusals"] = True
             self.notes.append(f"{source}: the published loader leaves out refusals without being asked; written out")
         return ours

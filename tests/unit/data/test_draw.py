@@ -1,4 +1,6 @@
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llamero.data import draw
 
@@ -26,3 +28,10 @@ def test_shares_are_met_and_purposes_are_independent():
     assert abs(first.mean() - 0.25) < 0.005
     assert abs((first & second).mean() - 0.125) < 0.005
     assert not draw.below(draw.keys(7, "a", "val", units), 0.0).any()
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 14))
+def test_the_lowest_are_those_that_sorting_puts_first(found, count):
+    chosen = draw.lowest(np.asarray(found, dtype=np.uint64), count)
+    order = sorted(range(len(found)), key=lambda number: (found[number], number))
+    assert sorted(order[:count]) == np.flatnonzero(chosen).tolist()
