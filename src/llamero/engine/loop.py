@@ -20,10 +20,12 @@ from llamero.core.interrupt import Deferred, Interrupted
 from llamero.engine import resume
 from llamero.engine.batches import Batch, Batches
 from llamero.engine.metrics import Metrics, read_lines
-from llamero.engine.optimizer import adamw
+from llamero.engine.noise import noise_of
+from llamero.engine.optimizer import adamw, load_moments, save_moments
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
 from llamero.kernels.cross_entropy import linear_cross_entropy
+from llamero.model.dropout import Noise
 from llamero.model.llama import Llama
 from llamero.parallel.config import ParallelConfig
 
@@ -48,6 +50,8 @@ def train(
     *,
     parallel: ParallelConfig,
     validation: Batches | None = None,
+    seed: int = 0,
+    start: Path | None = None,
 ) -> Outcome:
     """Train a model in place, from the last checkpoint in `directory` if there is one.
 
@@ -58,21 +62,24 @@ def train(
         directory: For checkpoints and metrics.jsonl.
         parallel: How many rows go through the model at a time.
         validation: Rows to measure the loss on every `eval_every` steps and at the end.
+        seed: Decides, with the step and the samples, what is dropped.
+        start: Directory that the model comes from, for `optimizer: keep`.
 
     Raises:
         LlameroError: If the loss is not finite; the last checkpoint is kept.
         Interrupted: After Ctrl-C, when the step in hand is saved.
     """
-    if stage.warmup > batches.steps:
-        raise LlameroError(
-            f"`warmup: {stage.warmup}` is longer than the stage, which has {batches.steps} steps",
-            where=f"stage {stage.name}",
-            fix="lower `warmup`",
-        )
+    if problem := stage.too_long(batches.steps):
+        raise LlameroError(problem, where=f"stage {stage.name}", fix="lower it, or train longer")
     optimizer = adamw(model, stage)
     checkpoints = directory / "checkpoints"
     first = resume.load(checkpoints, model=model, optimizer=optimizer)
-    run = _Run(model, stage, batches, parallel)
+    if stage.optimizer == "keep" and not first:
+        if start is None:
+            where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
+            raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
+        load_moments(start, model=model, optimizer=optimizer)
+    run = _Run(model, stage, batches, parallel, seed)
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
     with Metrics(directory / "metrics.jsonl", step=first) as metrics, bar, Deferred() as stop:
         for step in range(first, batches.steps):
@@ -88,6 +95,8 @@ def train(
                 resume.save(checkpoints, step=done, model=model, optimizer=optimizer)
             if stop.asked:
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
+    if stage.export_optimizer:
+        save_moments(directory, model=model, optimizer=optimizer)
     return _outcome(read_lines(directory / "metrics.jsonl"))
 
 
@@ -103,8 +112,8 @@ def _outcome(lines: list[dict[str, float]]) -> Outcome:
 
 
 class _Run:
-    def __init__(self, model: Llama, stage: StageConfig, batches: Batches, parallel: ParallelConfig) -> None:
-        self.model, self.stage, self.batches = model, stage, batches
+    def __init__(self, model: Llama, stage: StageConfig, batches: Batches, parallel: ParallelConfig, seed: int) -> None:
+        self.model, self.stage, self.batches, self.seed = model, stage, batches, seed
         self.device = model.model.embed_tokens.weight.device
         self.micro = parallel.micro_batch or stage.batch
 
@@ -119,7 +128,7 @@ class _Run:
         total_weight = sum(float(part.weights.sum()) for part in parts)
         loss = 0.0
         for part in parts:
-            share = self._loss_sum(part) / total_weight
+            share = self._loss_sum(part, self._noise(part, step), self.stage.z_loss) / total_weight
             share.backward()
             loss += share.item()
         norm = self._clip()
@@ -136,13 +145,16 @@ class _Run:
             line["max_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
         return line
 
-    def _loss_sum(self, part: Batch) -> Tensor:
+    def _noise(self, part: Batch, step: int) -> Noise | None:
+        layers = self.model.config.num_layers
+        return noise_of(part, self.stage, layers=layers, seed=self.seed, step=step, device=self.device)
+
+    def _loss_sum(self, part: Batch, noise: Noise | None = None, z_loss: float = 0.0) -> Tensor:
         with self._precision():
-            hidden = self.model.packed_hidden(part.ids.to(self.device), part.lengths)
+            hidden = self.model.packed_hidden(part.ids.to(self.device), part.lengths, noise)
             learned = hidden if len(part.learned) == len(part.ids) else hidden[part.learned.to(self.device)]
-            return linear_cross_entropy(
-                learned, self.model.lm_head.weight, part.targets.to(self.device), part.weights.to(self.device)
-            )
+            targets, weights = part.targets.to(self.device), part.weights.to(self.device)
+            return linear_cross_entropy(learned, self.model.lm_head.weight, targets, weights, z_loss)
 
     def _precision(self) -> AbstractContextManager[object]:
         wanted = self.stage.precision
