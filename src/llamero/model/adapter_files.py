@@ -39,7 +39,8 @@ def save_adapter(model: Llama, config: AdapterConfig, directory: Path, *, base: 
         targets=_targets(model),
         rslora=config.rslora,
         dropout=config.dropout,
-        modules_to_save=tuple(sorted(name.removeprefix("model.") for name in whole)),
+        # whole names but for the unmistakable: PEFT takes the `norm` of `input_layernorm` for a `norm`
+        modules_to_save=tuple(sorted("embed_tokens" if name == EMBEDDING else name for name in whole)),
         gaussian=config.init == "gaussian",
         tied=tied,
     )
@@ -88,12 +89,16 @@ def load_adapter(model: Llama, directory: Path, *, base: str | None = None) -> l
     said, files = peft.read(directory), peft.open_tensors(directory)
     if base is not None and said.base and Path(base).name != Path(said.base).name:
         warnings.warn(f"{directory}: the adapter belongs to `{said.base}`, it is put on `{base}`", stacklevel=2)
-    stored = {name.removeprefix(peft.PREFIX): name for name in files}
+    stored = {name.removeprefix(peft.PREFIX).replace(".base_layer.", "."): name for name in files}
     whole = _check(model, said, files, stored)
     _make_room(model, {name: files[stored[name]] for name in (_EMBEDDING, _HEAD) if name in whole}, tied=said.tied)
-    trained = wrap(model, said, sorted({name.rpartition(".")[0] for name in whole}))
-    for name, source in stored.items():
-        model.get_parameter(name).copy_(files[source])
+    for name in whole:
+        model.get_parameter(name).copy_(files[stored[name]])
+    owners = {name.rpartition(".")[0] for name in whole}
+    trained = wrap(model, said, sorted(name for name in owners if not said.covers(name)))
+    for name in stored:
+        if name.endswith(peft.FACTORS):
+            model.get_parameter(name).copy_(files[stored[name]])
     return trained
 
 
@@ -111,19 +116,19 @@ def _check(model: Llama, said: peft.Adapter, files: hf.Tensors, stored: Mapping[
         raise LlameroError(f"the model has no layer of {said.targets}", where=files.directory / peft.CONFIG)
     known = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     whole = [name for name in stored if name not in shapes]
-    wanted = [name for name in known if peft.matches(name.rpartition(".")[0], said.modules_to_save)]
+    wanted = [name for name in known if name.rpartition(".")[0].endswith(said.modules_to_save)]
     if model.config.tie_word_embeddings and said.tied and {_EMBEDDING, _HEAD} & set(stored):
         wanted = [name for name in wanted if name not in (_EMBEDDING, _HEAD)]  # one stands for both
     missing = sorted(name for name in [*shapes, *wanted] if name not in stored)
     if missing:
         raise LlameroError(f"tensor `{peft.PREFIX}{missing[0]}` is missing ({len(missing)} are)", where=files.directory)
-    rows = {files.specs[stored[name]].shape[0] for name in (_EMBEDDING, _HEAD) if name in stored}
+    rows = _rows(model, files, stored, tied=said.tied)
     for name, source in stored.items():
         if name not in shapes and name not in known:
             raise LlameroError(f"tensor `{source}` has no place in this model", where=files.files[source])
         shape, expected = files.specs[source].shape, shapes.get(name) or known[name]
-        if name in (_EMBEDDING, _HEAD) and _may_grow(model, stored, tied=said.tied) and len(rows) == 1:
-            expected = (max(expected[0], *rows), *expected[1:])
+        if name in (_EMBEDDING, _HEAD):
+            expected = (max(expected[0], rows), *expected[1:])
         if shape != expected:
             raise LlameroError(
                 f"tensor `{source}` is {shape}, this model with the adapter's config needs {expected}",
@@ -133,10 +138,11 @@ def _check(model: Llama, said: peft.Adapter, files: hf.Tensors, stored: Mapping[
     return whole
 
 
-def _may_grow(model: Llama, stored: Mapping[str, str], *, tied: bool) -> bool:
-    """Return whether an adapter has rows for both embedding and head."""
-    both = _EMBEDDING in stored and _HEAD in stored
-    return both or (tied and model.config.tie_word_embeddings)
+def _rows(model: Llama, files: hf.Tensors, stored: Mapping[str, str], *, tied: bool) -> int:
+    """Return for how many tokens an adapter has rows; 0 where it has none, or not for both embedding and head."""
+    rows = [files.specs[stored[name]].shape[0] for name in (_EMBEDDING, _HEAD) if name in stored]
+    whole = len(rows) == 2 or (tied and model.config.tie_word_embeddings)
+    return rows[0] if rows and whole and len(set(rows)) == 1 else 0
 
 
 def _make_room(model: Llama, stored: Mapping[str, Tensor], *, tied: bool) -> None:
@@ -144,7 +150,8 @@ def _make_room(model: Llama, stored: Mapping[str, Tensor], *, tied: bool) -> Non
     if not stored:
         return
     embedding, head = model.model.embed_tokens, model.lm_head
-    same = tied or (len(stored) == 2 and torch.equal(stored[_EMBEDDING], stored[_HEAD]))
+    both = stored.get(_EMBEDDING, embedding.weight), stored.get(_HEAD, head.weight)
+    same = tied or torch.equal(*(weight.to(embedding.weight) for weight in both))
     if model.config.tie_word_embeddings and not same:
         head.weight = nn.Parameter(embedding.weight.clone())
         model.config = replace(model.config, tie_word_embeddings=False)

@@ -188,7 +188,7 @@ def wrap(model: Llama, said: peft.Adapter, whole: list[str]) -> list[nn.Paramete
         raise LlameroError(f"`{both}` has an update and is trained whole: one of them", where="adapter")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        model.set_submodule(name, LoraLinear(layer, rank=said.rank, scale=said.scale))
+        model.set_submodule(name, LoraLinear(layer, rank=said.rank, scale=said.scale).train(layer.training))
     for name in whole:
         for parameter in model.get_submodule(name).parameters(recurse=False):
             parameter.requires_grad_(True)
