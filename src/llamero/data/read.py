@@ -42,6 +42,8 @@ class Parsed:
 
     where: str
     found: tuple[Sample | LeftOut | Fault, ...]
+    rows: int = 1
+    """Rows that it is made of."""
 
 
 Unit = Raw | Parsed
@@ -69,6 +71,11 @@ class RowParser:
     def __init__(self, source: FileSource, layout: str, root: Path) -> None:
         self._layout: Layout = layouts.layout_named(layout)
         self._options = Options(top_k=source.top_k, synthetic=source.synthetic)
+        if source.join_chars and layout in TREES:
+            problem = (
+                f"`join_chars` would join threads of `{source.source}` across trees, and its val_split goes by trees"
+            )
+            raise LlameroError(problem, fix="remove it")
         if (source.top_k or source.synthetic) and layout not in TREES:
             raise LlameroError(
                 f"`top_k` and `synthetic` are for message trees, the layout of `{source.source}` is {layout}",
@@ -205,13 +212,16 @@ def joined(parsed: Iterator[Parsed], characters: int) -> Iterator[Parsed]:
     """
     waiting: dict[str, Parsed] = {}
     for unit in parsed:
-        for item in unit.found:
+        for number, item in enumerate(unit.found):
+            alone = Parsed(unit.where, (item,), rows=unit.rows if number == 0 else 0)
             if not isinstance(item, Chat):
-                yield Parsed(unit.where, (item,))
+                yield alone
                 continue
             system = item.messages[0].text if item.messages[0].role == "system" else ""
             before = waiting.pop(system, None)
-            together = Parsed(unit.where, (item,)) if before is None else Parsed(before.where, (_join(before, item),))
+            together = alone
+            if before is not None:
+                together = Parsed(before.where, (_join(before, item),), rows=before.rows + alone.rows)
             if sum(len(message.text) for message in _chat(together).messages) >= characters:
                 yield together
             else:

@@ -83,8 +83,8 @@ def select(
     surveys = _survey(readings, Surveyor(mixture, parsing, index), names=names, out=out, team=team)
     fates = [np.full(survey.characters.size, TRAIN, dtype=np.uint8) for survey in surveys]
     report: dict[str, Any] = {}
-    if mixture.decontaminate is not None and index is not None:
-        report["decontamination"] = _contaminated(mixture.decontaminate, index, surveys, fates)
+    if mixture.decontaminate is not None:
+        _drop_contaminated(mixture.decontaminate, surveys, fates)
     if mixture.duplicates is not None:
         report["duplicates"] = _duplicates(mixture.duplicates, surveys, fates, names)
     fractions = [
@@ -92,6 +92,8 @@ def select(
     ]
     if mixture.lengthen is not None:
         report["lengthen"] = _choose(mixture.lengthen, surveys, fates, seed, names)
+    if mixture.decontaminate is not None and index is not None:
+        report["decontamination"] = _contamination(mixture.decontaminate, index, surveys, fates)
     return Selection(fates, [survey.starts for survey in surveys], fractions, report)
 
 
@@ -253,16 +255,26 @@ def _index(config: DecontaminateConfig, root: Path) -> Index:
     return Index(tests, ngram=config.ngram)
 
 
-def _contaminated(
-    config: DecontaminateConfig, index: Index, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]]
-) -> dict[str, Any]:
-    """Report what overlaps with test sets, and leave it out if that is asked for."""
-    report = decontaminate.Report.of(index, dropped=config.action == "drop")
+def _drop_contaminated(
+    config: DecontaminateConfig, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]]
+) -> None:
+    """Leave out what overlaps with test sets, if that is asked for."""
     for survey, fate in zip(surveys, fates, strict=True):
-        report.samples += survey.characters.size - len(survey.matches)
-        report.add([where for _, where, _ in survey.matches], [match for _, _, match in survey.matches])
         if config.action == "drop":
             fate[[number for number, _, _ in survey.matches]] = CONTAMINATED
+
+
+def _contamination(
+    config: DecontaminateConfig, index: Index, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Report what overlaps with test sets: of all samples where that is left out, else of those that are learned."""
+    dropped = config.action == "drop"
+    report = decontaminate.Report.of(index, dropped=dropped)
+    for survey, fate in zip(surveys, fates, strict=True):
+        counts = np.ones(fate.size, dtype=np.bool_) if dropped else fate == TRAIN
+        found = [(where, match) for number, where, match in survey.matches if counts[number]]
+        report.samples += int(np.count_nonzero(counts)) - len(found)
+        report.add([where for where, _ in found], [match for _, match in found])
     return {**report.to_json(), "statement": decontaminate.statement(report)}
 
 
@@ -283,7 +295,9 @@ def _split(source: SourceConfig, survey: Survey, fate: NDArray[np.uint8], seed: 
 def _wanted(source: SourceConfig, available: int) -> int:
     if source.size is not None:
         return min(source.size, available)
-    return available if source.fraction is None else int(available * source.fraction)
+    if source.fraction is None:
+        return available
+    return max(1, int(round(available * source.fraction, 6)))  # rounded, because 0.29 × 100 is a little less than 29
 
 
 def _validation_units(source: SourceConfig, counts: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
@@ -306,21 +320,23 @@ def _duplicates(
     config: DuplicatesConfig, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]], names: Sequence[str]
 ) -> dict[str, Any]:
     """Report what resembles an earlier sample, and leave it out if that is asked for."""
-    signatures = np.concatenate([survey.signatures for survey in surveys])
-    firsts = np.concatenate(([0], np.cumsum([survey.characters.size for survey in surveys])))
+    there = np.flatnonzero(np.concatenate(fates) == TRAIN)  # what is left out already makes nothing else a duplicate
+    signatures = np.concatenate([survey.signatures for survey in surveys])[there]
+    firsts = np.concatenate(([0], np.cumsum([fate.size for fate in fates])))
 
     def source(sample: int) -> int:
-        return int(np.searchsorted(firsts, sample, "right")) - 1
+        return int(np.searchsorted(firsts, there[sample], "right")) - 1
 
     def where(sample: int) -> str:
         number = source(sample)
-        return f"{names[number]}, row {surveys[number].units[sample - firsts[number]] + 1}"
+        return f"{names[number]}, row {surveys[number].units[there[sample] - firsts[number]] + 1}"
 
     found = duplicates.find(signatures, threshold=config.threshold)
     drop = config.action == "drop"
     if drop:
-        for fate, first in zip(fates, firsts, strict=False):
-            fate[(found[first : first + fate.size] >= 0) & (fate == TRAIN)] = DUPLICATE
+        for number in there[found >= 0].tolist():
+            place = int(np.searchsorted(firsts, number, "right")) - 1
+            fates[place][number - firsts[place]] = DUPLICATE
     said = duplicates.report(
         signatures, found, source=lambda n: names[source(n)], where=where, threshold=config.threshold, dropped=drop
     )
