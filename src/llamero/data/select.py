@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from llamero.data.read import Reading
 from llamero.data.stats import SourceStats
 from llamero.data.tokenize import CHARACTERS_PER_TOKEN, FATES, Chunk, Parsing, chunks
 
+_AT_ONCE = 1 << 16
+"""Signatures copied at once."""
 TRAIN, VAL, NOT_DRAWN, DUPLICATE, CONTAMINATED, SHORTENED = range(len(FATES))
 
 
@@ -86,7 +88,7 @@ def select(
     if mixture.decontaminate is not None:
         _drop_contaminated(mixture.decontaminate, surveys, fates)
     if mixture.duplicates is not None:
-        report["duplicates"] = _duplicates(mixture.duplicates, surveys, fates, names)
+        report["duplicates"] = _duplicates(mixture.duplicates, surveys, fates, names, out)
     fractions = [
         _split(source, survey, fate, seed) for source, survey, fate in zip(mixture.sources, surveys, fates, strict=True)
     ]
@@ -99,7 +101,7 @@ def select(
 
 def forget(out: Path) -> None:
     """Remove the surveys that wait in a directory."""
-    for path in out.glob("survey-*.npz"):
+    for path in out.glob("survey-*"):
         path.unlink()
 
 
@@ -130,7 +132,7 @@ class Survey:
     names: tuple[str, ...]
     """Of the domains; empty where rows name none."""
     signatures: NDArray[Any]
-    """MinHash of each sample, if near-duplicates are looked for."""
+    """MinHash of each sample, if near-duplicates are looked for; mapped, because they are large."""
     matches: tuple[tuple[int, str, Match], ...]
     """Overlaps with test sets: the number of the sample, where it stands, and what was found."""
 
@@ -187,8 +189,9 @@ def _survey(
         path = out / f"survey-{number}.npz"
         if not path.exists():
             seen = workers.ordered(surveyor, chunks(number, reading), workers=team)
-            with progress.Line(f"look at {name}", unit="rows") as line:
-                _store(path, _together(_told(seen, line)))
+            bar = progress.Line(f"look at {name}", unit="rows")
+            with bar as line, path.with_suffix(SIGNATURES).open("wb") as signatures:
+                _store(path, _together(_told(seen, line), signatures))
         found.append(_stored(path))
     return found
 
@@ -199,26 +202,30 @@ def _told(seen: Iterator[Seen], line: progress.Line) -> Iterator[Seen]:
         line.advance(each.counts.size)
 
 
-def _together(seen: Iterator[Seen]) -> Survey:
-    """Return what the chunks of a source tell as one."""
+SIGNATURES = ".signatures"
+
+
+def _together(seen: Iterator[Seen], signatures: BinaryIO) -> Survey:
+    """Return what the chunks of a source tell as one; the signatures go to a file."""
     parts: list[Seen] = []
     domains: list[NDArray[np.int32]] = []
     names: dict[str, int] = {}
     matches: list[tuple[int, str, Match]] = []
     before = 0
+    nothing = Seen(np.zeros(0, np.uint16), np.zeros(0, np.int64), (), duplicates.signature([]), ())
     for each in seen:
         codes = [-1 if domain is None else names.setdefault(domain, len(names)) for domain in each.domains]
         domains.append(np.asarray(codes, dtype=np.int32))
         matches += [(before + number, where, match) for number, where, match in each.matches]
         before += len(codes)
-        parts.append(replace(each, domains=(), matches=()))
-    nothing = Seen(np.zeros(0, np.uint16), np.zeros(0, np.int64), (), duplicates.signature([]), ())
+        signatures.write(each.signatures.tobytes())
+        parts.append(replace(each, domains=(), signatures=nothing.signatures, matches=()))
     return Survey(
         np.concatenate([part.counts for part in [nothing, *parts]]),
         np.concatenate([part.characters for part in [nothing, *parts]]),
         np.concatenate([np.zeros(0, np.int32), *domains]),
         tuple(names),
-        np.concatenate([part.signatures for part in [nothing, *parts]]),
+        nothing.signatures,
         tuple(matches),
     )
 
@@ -233,7 +240,6 @@ def _store(path: Path, survey: Survey) -> None:
             counts=survey.counts,
             characters=survey.characters,
             domains=survey.domains,
-            signatures=survey.signatures,
             said=np.frombuffer(said.encode(), np.uint8),
         )
     beside.replace(path)
@@ -242,9 +248,18 @@ def _store(path: Path, survey: Survey) -> None:
 def _stored(path: Path) -> Survey:
     with np.load(path) as found:
         said = json.loads(found["said"].tobytes())
-        arrays = {name: found[name] for name in ("counts", "characters", "domains", "signatures")}
+        arrays = {name: found[name] for name in ("counts", "characters", "domains")}
+    signatures = _mapped(path.with_suffix(SIGNATURES))
     matches = tuple((number, where, Match(**match)) for number, where, match in said["matches"])
-    return Survey(names=tuple(said["names"]), matches=matches, **arrays)
+    return Survey(names=tuple(said["names"]), signatures=signatures, matches=matches, **arrays)
+
+
+def _mapped(path: Path) -> NDArray[np.uint32]:
+    return (
+        np.memmap(path, np.uint32, "r").reshape(-1, duplicates.PLACES)
+        if path.stat().st_size
+        else duplicates.signature([])
+    )
 
 
 # -- what is decided
@@ -317,12 +332,22 @@ def _validation_units(source: SourceConfig, counts: NDArray[np.int64], seed: int
 
 
 def _duplicates(
-    config: DuplicatesConfig, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]], names: Sequence[str]
+    config: DuplicatesConfig,
+    surveys: Sequence[Survey],
+    fates: Sequence[NDArray[np.uint8]],
+    names: Sequence[str],
+    out: Path,
 ) -> dict[str, Any]:
     """Report what resembles an earlier sample, and leave it out if that is asked for."""
     there = np.flatnonzero(np.concatenate(fates) == TRAIN)  # what is left out already makes nothing else a duplicate
-    signatures = np.concatenate([survey.signatures for survey in surveys])[there]
     firsts = np.concatenate(([0], np.cumsum([fate.size for fate in fates])))
+    path = out / f"survey-all{SIGNATURES}"
+    with path.open("wb") as file:
+        for survey, fate in zip(surveys, fates, strict=True):
+            kept = np.flatnonzero(fate == TRAIN)
+            for start in range(0, kept.size, _AT_ONCE):
+                file.write(survey.signatures[kept[start : start + _AT_ONCE]].tobytes())
+    signatures = _mapped(path)
 
     def source(sample: int) -> int:
         return int(np.searchsorted(firsts, there[sample], "right")) - 1
