@@ -95,7 +95,7 @@ class FileSource(_Source):
     on_error: Literal["error", "skip"] = "error"
     """What a malformed row does: stop everything, or be counted and skipped."""
     limit: int | None = Field(default=None, gt=0)
-    """Rows to read at most."""
+    """Rows (message trees) to read at most."""
 
     @property
     def files(self) -> dict[str, str]:

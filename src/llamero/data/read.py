@@ -165,17 +165,15 @@ class Reading:
     def _gathered(self, source: FileSource) -> Iterator[Raw]:
         """Yield rows; the tables of messages that a tree is spread over, as one."""
         found = self._rows(source)
-        if layouts.layout_named(self.layout).gather != "trees":
-            return found
-        trees = oasst.trees(raw.parse() for raw in found)
-        return (Raw(tree.where, tree.row, tree.problem) for tree in trees)
+        if layouts.layout_named(self.layout).gather == "trees":
+            trees = oasst.trees(raw.parse() for raw in found)
+            found = (Raw(tree.where, tree.row, tree.problem) for tree in trees)
+        return islice(found, source.limit)
 
     def _rows(self, source: FileSource) -> Iterator[Raw]:
         if source.path is None:
-            found = chain.from_iterable(_hub_rows(source, split) for split in source.split.split(","))
-        else:
-            found = rows.read(self._root / source.path)
-        return islice(found, source.limit)
+            return chain.from_iterable(_hub_rows(source, split) for split in source.split.split(","))
+        return rows.read(self._root / source.path)
 
     def _detect(self, source: FileSource) -> str:
         """Return the layout of the first row that has one."""

@@ -112,7 +112,7 @@ def forget(out: Path) -> None:
 class Seen:
     """What a worker tells of the samples of a chunk."""
 
-    counts: NDArray[np.uint16]
+    counts: NDArray[np.uint32]
     characters: NDArray[np.int64]
     domains: tuple[str | None, ...]
     signatures: NDArray[Any]
@@ -123,7 +123,7 @@ class Seen:
 class Survey:
     """What is known of the samples of a source."""
 
-    counts: NDArray[np.uint16]
+    counts: NDArray[np.uint32]
     """Samples of each unit."""
     characters: NDArray[np.int64]
     """Of each sample."""
@@ -162,7 +162,7 @@ class Surveyor:
     def __call__(self, chunk: Chunk) -> Seen:
         """Return what is to be known of its samples."""
         found = list(self._parsing(chunk, SourceStats("")))
-        counts = np.zeros(len(chunk.units), dtype=np.uint16)
+        counts = np.zeros(len(chunk.units), dtype=np.uint32)
         for placed in found:
             counts[placed.unit - chunk.first] += 1
         samples = [placed.sample for placed in found]
@@ -212,7 +212,7 @@ def _together(seen: Iterator[Seen], signatures: BinaryIO) -> Survey:
     names: dict[str, int] = {}
     matches: list[tuple[int, str, Match]] = []
     before = 0
-    nothing = Seen(np.zeros(0, np.uint16), np.zeros(0, np.int64), (), duplicates.signature([]), ())
+    nothing = Seen(np.zeros(0, np.uint32), np.zeros(0, np.int64), (), duplicates.signature([]), ())
     for each in seen:
         codes = [-1 if domain is None else names.setdefault(domain, len(names)) for domain in each.domains]
         domains.append(np.asarray(codes, dtype=np.int32))
