@@ -39,7 +39,7 @@ class World:
         self.parallel = parallel
         self.device = device(parallel)
         self.rank, self.size = environment.rank(), environment.size()
-        refuse_other_size(parallel.gpus)
+        environment.refuse_other_size(parallel.gpus)
         self.mesh: DeviceMesh | None = None
         if self.size > 1:
             _join(parallel, self.device)
@@ -95,19 +95,6 @@ class World:
             _watch.step = step
 
 
-def refuse_other_size(gpus: int) -> None:
-    """Refuse to work with other than `gpus` processes, and say how to start them."""
-    size = environment.size()
-    if size == gpus:
-        return
-    if size == 1:
-        problem = f"`gpus: {gpus}` needs {gpus} processes, and there is one"
-        fix = f"torchrun --nproc-per-node {gpus} -m llamero.cli run RECIPE (docs/train.md; several machines: --nnodes)"
-    else:
-        problem, fix = f"{size} processes were started, the recipe says `gpus: {gpus}`", f"--set parallel.gpus={size}"
-    raise LlameroError(problem, where="parallel.gpus", fix=fix)
-
-
 def device(parallel: ParallelConfig) -> torch.device:
     """Return the device to work on."""
     if parallel.device.startswith("cuda") and not torch.cuda.is_available():
@@ -161,12 +148,18 @@ class _Watch(threading.Thread):
         """Look around until the process ends."""
         pause = min(5.0, self._timeout / 10)
         count = 0
-        while not self._left.wait(pause):
-            count += 1
-            self._store.set(f"beat{self._rank}", f"{count} {self.meetings} {self.step}")
-            for other in range(self._size):
-                if other != self._rank:
-                    self._look(other)
+        try:
+            while not self._left.wait(pause):
+                count += 1
+                self._look_around(count)
+        except dist.DistError as error:
+            log.warning("rank 0, which holds the store, is gone: %s", str(error).partition("\n")[0])
+
+    def _look_around(self, count: int) -> None:
+        self._store.set(f"beat{self._rank}", f"{count} {self.meetings} {self.step}")
+        for other in range(self._size):
+            if other != self._rank:
+                self._look(other)
 
     def leave(self) -> None:
         """Tell the others that this process ends as it should."""
