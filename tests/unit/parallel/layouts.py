@@ -1,8 +1,8 @@
-"""Trains a tiny model in one layout and writes what came of it; run by `torchrun`-like environments, or alone.
+"""Trains a tiny model in some layouts, one after the other, and writes what came of each.
 
-    python layouts.py ORDER.json
+    python layouts.py ORDERS.json
 
-The order has: out, parallel, model (keys of the shape), stage, steps_data. Imported by the tests for `start` only.
+in an environment as `torchrun` makes it. The file has a list of orders; see `Order`. Tests take `run` from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Required, TypedDict
 
 SHAPE = {"hidden": 32, "mlp": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 67, "tied": False}
 STAGE = {
@@ -37,11 +37,32 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def start(order: dict[str, Any], *, processes: int, where: Path) -> list[subprocess.Popen[str]]:
-    """Start the processes of an order."""
+class Order(TypedDict, total=False):
+    """One training run."""
+
+    name: Required[str]
+    parallel: dict[str, Any]
+    stage: dict[str, Any]
+    shape: dict[str, Any]
+    directory: str
+    """Of checkpoints and metrics, to go on with those of another order; one of its own where it is not given."""
+    stop: dict[str, int]
+    """`rank` sends itself `signal` in the forward pass of `step`."""
+
+
+class Result(NamedTuple):
+    """What came of an order."""
+
+    lines: list[dict[str, float]]
+    """Of metrics.jsonl."""
+    weights: dict[str, Any]
+
+
+def start(orders: list[Order], *, processes: int, where: Path) -> list[subprocess.Popen[str]]:
+    """Start the processes that carry out some orders."""
     where.mkdir(parents=True, exist_ok=True)
-    path = where / "order.json"
-    path.write_text(json.dumps(order))
+    path = where / "orders.json"
+    path.write_text(json.dumps(orders))
     about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     about |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return [
@@ -56,13 +77,39 @@ def start(order: dict[str, Any], *, processes: int, where: Path) -> list[subproc
     ]
 
 
-def run(order: dict[str, Any], *, processes: int, where: Path, seconds: float = 120) -> dict[str, Any]:
-    """Return what an order's first process wrote."""
-    running = start(order, processes=processes, where=where)
-    said = [process.communicate(timeout=seconds) for process in running]
-    failed = [(rank, err) for rank, (p, (_, err)) in enumerate(zip(running, said, strict=True)) if p.returncode]
-    assert not failed, "\n".join(f"rank {rank}:\n{err[-3000:]}" for rank, err in failed)
-    return json.loads((where / "said.json").read_text())
+def end(running: list[subprocess.Popen[str]], *, seconds: float = 240) -> list[tuple[int, str]]:
+    """Return exit code and standard error of each process."""
+    said = [process.communicate(timeout=seconds)[1] for process in running]
+    return [(process.returncode, err) for process, err in zip(running, said, strict=True)]
+
+
+def run(orders: list[Order], *, processes: int, where: Path) -> dict[str, Result]:
+    """Return what came of each order."""
+    from safetensors.torch import load_file
+
+    ended = end(start(orders, processes=processes, where=where))
+    assert not any(code for code, _ in ended), "\n".join(f"rank {r}: {err[-3000:]}" for r, (_, err) in enumerate(ended))
+    return {
+        order["name"]: Result(
+            json.loads((where / order["name"] / "lines.json").read_text()),
+            load_file(where / order["name"] / "weights.safetensors"),
+        )
+        for order in orders
+    }
+
+
+def differences(result: Result, expected: Result) -> dict[str, float]:
+    """Return the largest relative difference of losses, of gradient norms, and of weights (by tensor)."""
+    pairs = list(zip(result.lines, expected.lines, strict=True))
+    found = {
+        key: max(abs(a[key] / b[key] - 1) for a, b in pairs if key in b)
+        for key in ("loss", "grad_norm", "validation_loss", "tokens", "supervised_tokens")
+    }
+    assert result.weights.keys() == expected.weights.keys()
+    found["weights"] = max(
+        float((result.weights[name] - value).norm() / value.norm()) for name, value in expected.weights.items()
+    )
+    return found
 
 
 def _data(vocabulary: int) -> tuple[list[Any], list[Any]]:
@@ -103,7 +150,7 @@ def _model(shape: dict[str, Any]) -> Any:
     return model
 
 
-def work(order: dict[str, Any], where: Path) -> None:
+def work(order: Order, where: Path) -> None:
     """Train as ordered."""
     import torch
     from safetensors.torch import save_file
@@ -116,6 +163,7 @@ def work(order: dict[str, Any], where: Path) -> None:
     from llamero.parallel.config import ParallelConfig
     from llamero.parallel.spread import Spread
 
+    where.mkdir(exist_ok=True)
     shape = SHAPE | order.get("shape", {})
     stage = StageConfig.model_validate(STAGE | order.get("stage", {}))
     tokens, roles = _data(shape["vocabulary"])
@@ -128,16 +176,27 @@ def work(order: dict[str, Any], where: Path) -> None:
             save_file(tensors, where / "weights.safetensors")
         spread.world.barrier()
 
-    parallel = ParallelConfig.model_validate({"device": "cpu", "timeout": 60} | order.get("parallel", {}))
-    for number in range(order.get("times", 1)):
-        directory = where / f"run{number}" if order.get("times") else Path(order.get("directory", where / "run"))
-        model = _model(shape)
-        train(model, batches, stage, directory, parallel=parallel, validation=held, export=export)
-        del model
-        gc.collect()
-    if os.environ.get("RANK", "0") == "0":
-        lines = read_lines(directory / "metrics.jsonl")
-        (where / "said.json").write_text(json.dumps(lines))
+    processes = {"gpus": int(os.environ["WORLD_SIZE"]), "device": "cpu", "timeout": 60}
+    parallel = ParallelConfig.model_validate(processes | order.get("parallel", {}))
+    directory = Path(order.get("directory", where / "run"))
+    model = _model(shape)
+    if "stop" in order and int(os.environ["RANK"]) == order["stop"]["rank"]:
+        _stop(model, **order["stop"])
+    train(model, batches, stage, directory, parallel=parallel, validation=held, export=export)
+    if os.environ["RANK"] == "0":
+        (where / "lines.json").write_text(json.dumps(read_lines(directory / "metrics.jsonl")))
+
+
+def _stop(model: Any, *, rank: int, signal: int, step: int) -> None:
+    """Let this process be hit by a signal in the forward pass of some step."""
+    calls = [0]
+
+    def hit(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), signal)
+
+    model.model.layers[0].register_forward_hook(hit)
 
 
 def main() -> None:
@@ -148,7 +207,9 @@ def main() -> None:
     path = Path(sys.argv[1])
     code = 0
     try:
-        work(json.loads(path.read_text()), path.parent)
+        for order in json.loads(path.read_text()):
+            work(order, path.parent / order["name"])
+            gc.collect()
     except LlameroError as error:
         sys.stderr.write(f"LlameroError: {error}\n")
         code = 2
