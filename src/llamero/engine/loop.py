@@ -80,7 +80,7 @@ def train(
     first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)
     run = _Run(spread, stage, batches)
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
-    with _metrics(directory, first, world) as metrics, bar, Deferred() as stop:
+    with _metrics(directory, first, world) as metrics, bar, Deferred() as stop, world.missing_named():
         for step in range(first, batches.steps):
             world.beat(step)
             line = run.step(step, optimizer)

@@ -94,6 +94,22 @@ class World:
         if _watch is not None:
             _watch.step = step
 
+    @contextmanager
+    def missing_named(self) -> Iterator[None]:
+        """Turn what goes wrong because a process is gone into an error that names it; everything else passes."""
+        try:
+            yield
+        except RuntimeError as error:  # what gloo and NCCL raise
+            gone = [] if _watch is None else _watch.silent()
+            if not gone:
+                raise
+            who = ", ".join(f"rank {rank} (host {host}, last at step {step})" for rank, host, step in gone)
+            raise LlameroError(
+                f"{who} is gone: {str(error).partition(chr(10))[0]}",
+                where="parallel",
+                fix="see what it said last; the same command goes on from the last checkpoint",
+            ) from error
+
 
 def device(parallel: ParallelConfig) -> torch.device:
     """Return the device to work on."""
@@ -142,14 +158,15 @@ class _Watch(threading.Thread):
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._seen: dict[int, tuple[str, float]] = {}
         self._left = threading.Event()
+        self._pause = min(5.0, timeout / 10)
         store.set(f"host{rank}", socket.gethostname())
+        store.set(f"beat{rank}", "0 0 0")
 
     def run(self) -> None:
         """Look around until the process ends."""
-        pause = min(5.0, self._timeout / 10)
         count = 0
         try:
-            while not self._left.wait(pause):
+            while not self._left.wait(self._pause):
                 count += 1
                 self._look_around(count)
         except dist.DistError as error:
@@ -166,9 +183,20 @@ class _Watch(threading.Thread):
         self._left.set()
         self._store.set(f"beat{self._rank}", "left")
 
+    def silent(self) -> list[tuple[int, str, str]]:
+        """Return rank, host and last step of those that say nothing for a while."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        said = {rank: self._said(rank) for rank in others}
+        time.sleep(3 * self._pause)
+        quiet = [rank for rank in others if said[rank] == self._said(rank) not in ("", "left")]
+        return [(rank, self._store.get(f"host{rank}").decode(), said[rank].split()[2]) for rank in quiet]
+
+    def _said(self, rank: int) -> str:
+        key = f"beat{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
     def _look(self, other: int) -> None:
-        key, now = f"beat{other}", time.monotonic()
-        said = self._store.get(key).decode() if self._store.check([key]) else ""
+        said, now = self._said(other), time.monotonic()
         before, since = self._seen.get(other, ("", now))
         if said != before or said in ("", "left"):
             self._seen[other] = said, now
