@@ -36,6 +36,8 @@ parity: setup
 bench: setup
 	$(BIN)/pip install -q -e '.[dev,bench]' -c constraints.txt
 	$(BIN)/python benchmarks/train_vs_trl.py
+	$(BIN)/python benchmarks/pretokenize.py
+	$(BIN)/python benchmarks/packing.py
 
 docs: setup
 	$(BIN)/python docs/build.py

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from llamero.cli import data, release, talk
+from llamero.cli import data, launch, release, talk
 from llamero.cli.display import err, say_error
 from llamero.core import world
 from llamero.core.errors import LlameroError
@@ -35,6 +35,7 @@ for command in (
     talk.generate,
     talk.chat,
     release.watch,
+    launch.launch,
 ):
     app.command(command)
 app.command(data.app)

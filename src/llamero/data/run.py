@@ -74,13 +74,16 @@ def tokenize_mixture(
     ) as written:
         chats = ChatCounts()
         todo = islice(_chunks(mixture, readings, selection, seed, chats), written.chunks, None)
-        total = None if selection is None else sum(starts.size - 1 for starts in selection.starts)
-        with progress.Line(f"tokenize {name}", total=total, unit="rows", done=written.units) as line:
+        with progress.Line(
+            f"tokenize {name}", total=_size(mixture, root), unit="kB", done=written.size // 1000
+        ) as line:
             began = time.monotonic()
             tokens = 0
             for encoded in workers.ordered(encoder, todo, workers=team):
+                before = written.size // 1000
                 tokens += written.add(encoded)
-                line.advance(encoded.units, f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s")
+                speed = tokens / (time.monotonic() - began) / 1e6
+                line.advance(written.size // 1000 - before, f"{speed:.2f} M tokens/s")
     counts = written.counts
     if stats.total(counts["train"]).supervised_tokens == 0:
         raise LlameroError(
@@ -116,6 +119,17 @@ def _chunks(
             yield from known
         else:
             yield from lengthened(number, known, reading.parse, mixture.lengthen, seed=seed, counts=counts)
+
+
+def _size(mixture: MixtureConfig, root: Path) -> int | None:
+    """Return the kilobytes that are to be read, None where they are not known: of hub data sets, compressed files."""
+    paths = [root / path for source in mixture.sources for path in source.files.values()]
+    if len(paths) < len(mixture.sources) or not all(path.suffix in _PLAIN for path in paths):
+        return None
+    return sum(path.stat().st_size for path in paths) // 1000
+
+
+_PLAIN = (".jsonl", ".ndjson", ".json", ".txt")
 
 
 def _why_nothing(parts: list[SourceStats]) -> str:

@@ -61,6 +61,8 @@ class DatasetWriter:
         """Chunks that are in the files."""
         self.units: int = before.get("units", 0)
         """Units of them."""
+        self.size: int = before.get("size", 0)
+        """Bytes that these were read from."""
         self.counts = {split: [empty(split, number) for number in range(sources)] for split in SPLITS}
         for split, parts in before.get("counts", {}).items():
             self.counts[split] = [SourceStats.from_json(part) for part in parts]
@@ -92,6 +94,7 @@ class DatasetWriter:
             )
         self.chunks += 1
         self.units += encoded.units
+        self.size += encoded.size
         if time.monotonic() - self._saved > SECONDS:
             self.checkpoint()
         return tokens
@@ -131,6 +134,7 @@ class DatasetWriter:
         state = {
             "chunks": self.chunks,
             "units": self.units,
+            "size": self.size,
             "positions": {f"{split}-{kind}": pair.checkpoint() for (split, kind), pair in self._pairs.items()},
             "lines": {split: file.tell() for split, file in self._lines.items()},
             "counts": {split: [part.to_json() for part in parts] for split, parts in self.counts.items()},

@@ -19,7 +19,8 @@ from llamero.core.interrupt import Deferred, Interrupted
 from llamero.engine import resume
 from llamero.engine.batches import Batch, Batches
 from llamero.engine.metrics import Metrics, read_lines
-from llamero.engine.optimizer import adamw
+from llamero.engine.noise import noise_of
+from llamero.engine.optimizer import adamw, load_moments, save_moments
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
 from llamero.model.llama import Llama
@@ -50,6 +51,8 @@ def train(
     parallel: ParallelConfig,
     validation: Batches | None = None,
     export: Callable[[Spread], None] = lambda spread: None,
+    seed: int = 0,
+    start: Path | None = None,
 ) -> Outcome:
     """Train a model in place, from the last checkpoint in `directory` if there is one.
 
@@ -61,24 +64,27 @@ def train(
         parallel: Over which devices, and how many rows go through the model at a time.
         validation: Rows to measure the loss on every `eval_every` steps and at the end.
         export: Told of the trained model.
+        seed: Decides, with the step and the samples, what is dropped.
+        start: Directory that the model comes from, for `optimizer: keep`.
 
     Raises:
         LlameroError: If the loss is not finite; the last checkpoint is kept.
         Interrupted: After Ctrl-C, when the step in hand is saved.
     """
-    if stage.warmup > batches.steps:
-        raise LlameroError(
-            f"`warmup: {stage.warmup}` is longer than the stage, which has {batches.steps} steps",
-            where=f"stage {stage.name}",
-            fix="lower `warmup`",
-        )
+    if problem := stage.too_long(batches.steps):
+        raise LlameroError(problem, where=f"stage {stage.name}", fix="lower it, or train longer")
     world = World(parallel)
     precision = _autocast(stage, world.device)
     spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
     optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
     first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)
-    run = _Run(spread, stage, batches)
+    if stage.optimizer == "keep" and not first:
+        if start is None:
+            where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
+            raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
+        load_moments(start, spread=spread, optimizer=optimizer)
+    run = _Run(spread, stage, batches, seed)
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
     with _metrics(directory, first, world) as metrics, bar, Deferred() as stop, world.missing_named():
         for step in range(first, batches.steps):
@@ -96,6 +102,8 @@ def train(
                 resume.save(checkpoints, step=done, weights=spread.named(), optimizer=optimizer, world=world)
             if stopped or stop.asked:
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
+    if stage.export_optimizer:
+        save_moments(directory, spread=spread, optimizer=optimizer)
     outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl")) if world.speaks else None)
     assert outcome is not None
     export(spread)
@@ -136,8 +144,8 @@ def _outcome(lines: list[dict[str, float]]) -> Outcome:
 
 
 class _Run:
-    def __init__(self, spread: Spread, stage: StageConfig, batches: Batches) -> None:
-        self.spread, self.stage, self.batches = spread, stage, batches
+    def __init__(self, spread: Spread, stage: StageConfig, batches: Batches, seed: int) -> None:
+        self.spread, self.stage, self.batches, self.seed = spread, stage, batches, seed
         self.world = spread.world
         # what every process of one share of the rows knows must be counted once
         alone = self.world.along("pipeline") == 0 and self.world.along("tensor") == 0
@@ -153,7 +161,8 @@ class _Run:
         parts = self._share(self.batches, rows)
         known = self._known(parts)
         weight, tokens, supervised = self.world.sum([self._counts * number for number in known])
-        own = self.spread.losses([_micro(part) for part in parts], total=weight)
+        micros = [self._micro(part, step) for part in parts]
+        own = self.spread.losses(micros, total=weight, z_loss=self.stage.z_loss)
         (loss,) = self.world.sum([self._says_loss * own])
         norm = self.spread.clip(self.stage.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):  # before the weights take any of it
@@ -177,6 +186,14 @@ class _Run:
         slices = [mine[i * passes.rows : (i + 1) * passes.rows] for i in range(count)]
         return [batches.assemble(some) if some else EMPTY for some in slices]
 
+    def _micro(self, part: Batch, step: int) -> Micro:
+        """Return what goes through the model in training, where noise falls on it."""
+        noise = None
+        if part.documents:
+            layers, device = self.spread.config.num_layers, torch.device("cpu")
+            noise = noise_of(part, self.stage, layers=layers, seed=self.seed, step=step, device=device)
+        return _plain(part)._replace(noise=noise)
+
     def _known(self, parts: Sequence[Batch]) -> tuple[float, int, int]:
         """Return weight, tokens and supervised tokens of batches."""
         weight = sum(float(part.weights.sum()) for part in parts)
@@ -199,7 +216,7 @@ class _Run:
         for start in range(0, len(validation), at_once):
             rows = range(start, min(start + at_once, len(validation)))
             parts = self._share(validation, rows)
-            own = self.spread.losses([_micro(part) for part in parts], backward=False)
+            own = self.spread.losses([_plain(part) for part in parts], backward=False)
             more, heavier = self.world.sum([self._says_loss * own, self._counts * self._known(parts)[0]])
             loss, weight = loss + more, weight + heavier
             if not math.isfinite(loss):
@@ -211,7 +228,7 @@ EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), *(torch.zeros(0, dtype=to
 """What a process passes through the model when the others have a row more."""
 
 
-def _micro(batch: Batch) -> Micro:
+def _plain(batch: Batch) -> Micro:
     return Micro(batch.ids, batch.lengths, batch.learned, batch.targets, batch.weights)
 
 

@@ -72,6 +72,7 @@ def load(directory: Path, *, weights: Weights, optimizer: torch.optim.Optimizer,
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         }
         for parameter in weights.values()
+        if parameter.requires_grad
     }
     state = _state(weights, lambda parameter, key: fresh[parameter][key])
     reader = dcp.FileSystemReader(last)
@@ -100,7 +101,7 @@ def remove(directory: Path) -> None:
 def _state(weights: Weights, moment: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Any]:
     """Return all tensors of a checkpoint under their names in it."""
     state: dict[str, Any] = {name: parameter.detach() for name, parameter in weights.items()}
-    for name, parameter in weights.items():
+    for name, parameter in ((n, p) for n, p in weights.items() if p.requires_grad):
         state |= {f"optimizer.{name}.{key}": moment(parameter, key) for key in MOMENTS}
     return state
 

@@ -26,6 +26,28 @@ class Learn(Strict):
     """Context given beside a question."""
 
 
+class DropoutConfig(Strict):
+    """Dropout of a stage; what is dropped depends on nothing but the recipe's seed and what it falls on."""
+
+    hidden: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the outputs of attention and MLP, before each is added to the residual stream."""
+    lima: bool = False
+    """Let `hidden` rise linearly with depth: 0 in the first layer, `hidden` in the last (LIMA)."""
+    embedding: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout of the embeddings; `hidden` by default, 0 with `lima`."""
+    attention: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of attention probabilities. They have to be held in memory for it, heads · n² of them for a sample of
+    n tokens, instead of never existing: slow and large for long samples."""
+
+    @model_validator(mode="after")
+    def _lima_is_of_something(self) -> Self:
+        if self.lima and not self.hidden:
+            raise ValueError("`lima` shapes `hidden`, which is 0")
+        if self.lima and self.embedding:
+            raise ValueError(f"with `lima` embeddings are not dropped, but `embedding` is {self.embedding}")
+        return self
+
+
 class StageConfig(Strict):
     """One stage of training; a release has as many as it needs, each starting where the last ended."""
 
@@ -48,6 +70,8 @@ class StageConfig(Strict):
     turn that is longer by itself loses its end). All of it is counted."""
     batch: int = Field(default=64, gt=0)
     """Packed rows of a step, over all devices and accumulation steps."""
+    batch_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of a step instead of `batch`: as many rows of `sequence` as fit into them."""
 
     steps: int | None = Field(default=None, gt=0)
     """Optimizer steps; or give `epochs`."""
@@ -60,16 +84,30 @@ class StageConfig(Strict):
     """Learning rate at the end."""
     warmup: int = Field(default=0, ge=0)
     """Steps of linear rise from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from `lr` to `min_lr`."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "wsd_sqrt"] = "cosine"
+    """How the learning rate falls from `lr` to `min_lr`: `wsd` stays at `lr` and falls at the end only, linearly,
+    `wsd_sqrt` as 1 − √x."""
+    decay: float | None = Field(default=None, gt=0)
+    """Steps at the end in which `wsd` and `wsd_sqrt` fall, or, below 1, their share of the stage; 0.2 by default."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; norms and biases are left out."""
+    weight_decay_embeddings: bool = True
+    """Whether the embedding decays (a tied head is the embedding)."""
+    optimizer: Literal["fresh", "keep"] = "fresh"
+    """`keep` goes on with the moments of the stage it starts from, which has to say `export_optimizer: true`."""
     clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
+    dropout: DropoutConfig = DropoutConfig()
+    """What is dropped while training; nothing by default."""
+    neftune: float = Field(default=0.0, ge=0)
+    """α of NEFTune: uniform noise of at most α / √(tokens of the sample · width) on embeddings; 0 adds none."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator in the loss, which keeps logits small (1e-4 in PaLM);
+    the training loss then contains it, the validation loss does not."""
 
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations on the mixture's validation split; 0 validates at the end only."""
@@ -79,6 +117,29 @@ class StageConfig(Strict):
     """Precision of the products; `auto` is float32 on CPU and bfloat16 on CUDA. Weights are float32."""
     export: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
+    export_optimizer: bool = False
+    """Leave the optimizer's moments beside the model (8 bytes a parameter), for a stage that says `optimizer: keep`."""
+
+    @model_validator(mode="after")
+    def _rows_of_a_step(self) -> Self:
+        if self.batch_tokens is not None:
+            rows = self.batch_tokens // self.sequence
+            if not rows:
+                raise ValueError(f"`batch_tokens` {self.batch_tokens} is less than one row of {self.sequence}")
+            if "batch" in self.model_fields_set and self.batch != rows:
+                raise ValueError(f"`batch` says {self.batch} rows, `batch_tokens` {rows}: give one of them")
+            object.__setattr__(self, "batch", rows)  # pydantic's own way past `frozen`
+        return self
+
+    @model_validator(mode="after")
+    def _decay_fits(self) -> Self:
+        if self.decay is None:
+            return self
+        if not self.schedule.startswith("wsd"):
+            raise ValueError(f"`decay` is for `schedule: wsd`, this one is `{self.schedule}`")
+        if self.decay >= 1 and self.decay != int(self.decay):
+            raise ValueError(f"`decay` {self.decay:g} is neither a whole number of steps nor a share below 1")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -86,9 +147,23 @@ class StageConfig(Strict):
             raise ValueError("give `steps` or `epochs`, one of them")
         if self.min_lr > self.lr:
             raise ValueError(f"`min_lr` {self.min_lr} is above `lr` {self.lr}")
-        if self.steps is not None and self.warmup > self.steps:
-            raise ValueError(f"`warmup` {self.warmup} is longer than `steps` {self.steps}")
+        if self.steps is not None and (problem := self.too_long(self.steps)):
+            raise ValueError(problem)
         return self
+
+    def decay_steps(self, steps: int) -> int:
+        """Return in how many of its steps the learning rate falls at the end, for schedules that stay level first."""
+        decay = 0.2 if self.decay is None else self.decay
+        return max(1, round(decay * steps)) if decay < 1 else int(decay)
+
+    def too_long(self, steps: int) -> str:
+        """Return what does not fit into a number of steps, or nothing."""
+        if self.warmup > steps:
+            return f"`warmup: {self.warmup}` is longer than the stage, which has {steps} steps"
+        if self.schedule.startswith("wsd") and self.warmup + self.decay_steps(steps) > steps:
+            falls = self.decay_steps(steps)
+            return f"`warmup: {self.warmup}` and {falls} steps of `decay` are longer than the stage, which has {steps}"
+        return ""
 
     @property
     def policy(self) -> Overlong:

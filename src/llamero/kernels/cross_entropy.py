@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head, without ever holding [tokens, vocabulary].
 
 The gradient is computed in the forward pass, chunk by chunk, while the logits of the chunk are at hand:
-three matrix products in all where recomputing the logits would need four.
+three matrix products in all where recomputing the logits would need four. With z-loss, log² of the softmax's
+denominator is added (PaLM: Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ def plain(
     weight: Float[Tensor, "vocab dim"],
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
+    z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Return Σ weight·(−log p(target)), all logits at once: the oracle."""
+    """Return Σ weight·(−log p(target) + z_loss·log² Σ exp(logits)), all logits at once: the oracle."""
     logits = (hidden @ weight.T).to(_wide(hidden))
-    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    each = F.cross_entropy(logits, targets, reduction="none") + z_loss * logits.logsumexp(-1) ** 2
+    return (each * weights).sum()
 
 
 def linear_cross_entropy(
@@ -33,23 +36,25 @@ def linear_cross_entropy(
     weight: Float[Tensor, "vocab dim"],
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
+    z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Return Σ weight·(−log p(target)) in float32 (float64 for hidden states of that).
+    """Return Σ weight·(−log p(target) + z_loss·log² Σ exp(logits)) in float32 (float64 for hidden states of that).
 
     Args:
         hidden: Last hidden states, only of the positions that are learned.
         weight: The head.
         targets: The token that follows each position.
         weights: How much each position counts.
+        z_loss: How much large logits cost.
     """
     if not torch.is_grad_enabled():  # inside `forward` nobody can tell, and validation would pay for gradients
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> Tensor:
         compute = weight.to(hidden.dtype)  # under autocast the head is still float32
         wide = _wide(hidden)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -65,10 +70,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chosen, highest = logits.gather(1, target), logits.amax(-1, keepdim=True)
             odds = logits.sub_(highest).exp_()  # in place, as what follows
             total = odds.sum(-1, keepdim=True)
-            loss += ((highest + total.log() - chosen) * scale).sum()
+            log_total = highest + total.log()
+            loss += ((log_total - chosen + z_loss * log_total**2) * scale).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = odds.mul_(scale / total).scatter_add_(1, target, -scale).to(hidden.dtype)
+            of_total = scale * (1 + 2 * z_loss * log_total)  # ∂loss/∂log_total
+            grad = odds.mul_(of_total / total).scatter_add_(1, target, -scale).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, compute, out=grad_hidden[part])
             if grad_weight is not None:
@@ -89,6 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype)),
             None,
             None,
+            None,
         )
 
 
@@ -107,6 +115,7 @@ def sharded_linear_cross_entropy(
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
     share: Share | None,
+    z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Return the loss of `linear_cross_entropy`, the same on every process of a group that shares the head.
 
@@ -119,16 +128,23 @@ def sharded_linear_cross_entropy(
         targets: The token that follows each position.
         weights: How much each position counts.
         share: Which rows these are; `None` if they are all.
+        z_loss: How much large logits cost.
     """
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _ShardedLinearCrossEntropy.apply(hidden, weight, targets, weights, share)
+    return _ShardedLinearCrossEntropy.apply(hidden, weight, targets, weights, share, z_loss)
 
 
 class _ShardedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, share: Share | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        share: Share | None,
+        z_loss: float,
     ) -> Tensor:
         compute, wide, rows = weight.to(hidden.dtype), _wide(hidden), weight.shape[0]
         start = 0 if share is None else share.start
@@ -148,8 +164,10 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
             chosen = logits.gather(1, place) * here
             odds = logits.sub_(highest).exp_()
             total, chosen = _all(torch.cat([odds.sum(-1, keepdim=True), chosen], 1), share).split(1, 1)
-            loss += ((highest + total.log() - chosen) * scale).sum()
-            grad = odds.mul_(scale / total).scatter_add_(1, place, -scale * here).to(hidden.dtype)
+            log_total = highest + total.log()
+            loss += ((log_total - chosen + z_loss * log_total**2) * scale).sum()
+            of_total = scale * (1 + 2 * z_loss * log_total)  # ∂loss/∂log_total
+            grad = odds.mul_(of_total / total).scatter_add_(1, place, -scale * here).to(hidden.dtype)
             torch.mm(grad, compute, out=grad_hidden[part])
             grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
@@ -159,7 +177,7 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), *(None,) * 4
 
 
 def _all(values: Tensor, share: Share | None, operation: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -1,4 +1,7 @@
-"""Linear layers: plain, and with weights that rest as low-bit codes."""
+"""Linear layers: plain, and with weights that rest as low-bit codes; and the encoders that need no data."""
+
+import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llamero.checkpoint import gptq, packed
+from llamero.core.errors import LlameroError
+from llamero.model import nf4, rtn
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
@@ -15,7 +20,62 @@ def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     return layer
 
 
-class GptqLinear(nn.Module):
+class PackedLinear(nn.Module):
+    """A linear layer that rests as codes and is dequantized whenever it is used, for its gradient once more.
+
+    The codes are frozen; a gradient flows through them to the input (QLoRA) and to the bias.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+
+    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight, computed in float32 (or wider, if that is asked for) and rounded once."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """Return the plain layer that this one stands for."""
+        layer = linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(self.dequantize(dtype).contiguous())
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return layer
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
+        """Apply the layer in the dtype of its input, or in that of autocast."""
+        x = x.to(_compute_dtype(x))
+        return _PackedProduct.apply(x, None if self.bias is None else self.bias.to(x.dtype), self)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """`x @ weight.T + bias` that keeps the codes; autograd would keep the weight itself until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        to_input, to_bias, _ = ctx.needs_input_grad
+        return (
+            grad @ ctx.layer.dequantize(grad.dtype) if to_input else None,
+            grad.flatten(0, -2).sum(0) if to_bias else None,
+            None,
+        )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class GptqLinear(PackedLinear):
     """A linear layer that rests as GPTQ codes and is dequantized whenever it is used.
 
     Buffers have the names and shapes of GPTQ files. Scales stay in the dtype of the file: another one would
@@ -34,14 +94,12 @@ class GptqLinear(nn.Module):
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, inputs: int, outputs: int, *, layout: gptq.Format, bias: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.layout = inputs, outputs, layout
+        super().__init__(inputs, outputs, bias=bias)
+        self.layout = layout
         for name, spec in gptq.specs(inputs, outputs, bits=layout.bits, groups=layout.groups(inputs)).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
-        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
 
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 (float64 if that is asked for) and rounded once."""
@@ -52,18 +110,6 @@ class GptqLinear(nn.Module):
         weight.sub_(zeros.to(work).index_select(0, group)).mul_(self.scales.to(work).index_select(0, group))
         return weight.to(dtype).T
 
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """Return the plain layer that this one stands for."""
-        layer = linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = nn.Parameter(self.dequantize(dtype).contiguous())
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().to(dtype))
-        return layer
-
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
-        """Apply the layer in the dtype of its input."""
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
-
     def problem(self) -> str | None:
         """Return what is wrong with the loaded codes, if anything is."""
         groups, low, high = len(self.scales), int(self.g_idx.min()), int(self.g_idx.max())
@@ -72,7 +118,74 @@ class GptqLinear(nn.Module):
         return None
 
 
+class Nf4Linear(PackedLinear):
+    """A linear layer that rests as NF4 codes, as bitsandbytes lays them out; on CUDA its kernels are used if installed.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        double: Whether the scales are quantized too.
+        bias: Whether there is one.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, double: bool, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        for name, spec in nf4.specs(inputs, outputs, double=double).items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
+
+    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight, computed in float32 and rounded once."""
+        return nf4.decode(dict(self.named_buffers()), (self.out_features, self.in_features), dtype)
+
+
 LAYERS: dict[type[packed.Format], type[GptqLinear]] = {
     gptq.Format: GptqLinear,
 }
 """The layer of every packed format. To add one: a class above, a line here, its parser in checkpoint/packed.py."""
+
+_RTN = re.compile(r"rtn-(?P<bits>[2348])bit-(?P<group>-1|[1-9]\d*)g")
+
+
+@torch.no_grad()
+def encode(layer: nn.Linear, form: str) -> PackedLinear:
+    """Return a plain layer in a packed form, without looking at data.
+
+    Args:
+        layer: What is to be packed.
+        form: `nf4`, `nf4-double`, or `rtn-<bits>bit-<group>g` (-1 is a whole row).
+
+    Raises:
+        LlameroError: The form does not exist, or does not divide the layer.
+    """
+    inputs, outputs, bias = layer.in_features, layer.out_features, dict(layer.named_parameters()).get("bias")
+    if form in ("nf4", "nf4-double"):
+        if layer.weight.numel() % nf4.BLOCK:
+            raise _does_not_fit(layer, form, f"its number of weights is no multiple of {nf4.BLOCK}")
+        coded: PackedLinear = Nf4Linear(inputs, outputs, double=form == "nf4-double", bias=bias is not None)
+        tensors = nf4.encode(layer.weight, double=form == "nf4-double")
+    else:
+        found = _RTN.fullmatch(form)
+        if found is None:
+            raise LlameroError(f"unknown packed form `{form}`", fix="nf4, nf4-double, or rtn-4bit-128g and its kin")
+        bits, group = int(found["bits"]), int(found["group"])
+        if inputs % gptq.MULTIPLE or outputs % gptq.MULTIPLE or (group > 0 and inputs % group):
+            raise _does_not_fit(layer, form, f"both must be multiples of {gptq.MULTIPLE}, and its inputs of the group")
+        layout = gptq.Format(bits, group, zero_offset=1)
+        coded = GptqLinear(inputs, outputs, layout=layout, bias=bias is not None)
+        tensors = gptq.encode(rtn.quantize(layer.weight.float(), bits=bits, group_size=group))
+    for name, tensor in tensors.items():
+        coded.register_buffer(name, tensor)
+    coded.bias = bias
+    return coded.train(layer.training)
+
+
+def _does_not_fit(layer: nn.Linear, form: str, why: str) -> LlameroError:
+    shape = f"{layer.in_features} inputs and {layer.out_features} outputs"
+    return LlameroError(f"a layer with {shape} cannot be packed as `{form}`: {why}", fix="choose another form")
+
+
+def pack(blocks: nn.Module, form: str) -> None:
+    """Encode every plain linear layer within some modules, such as a model's decoder layers, one after the other."""
+    for name, layer in list(blocks.named_modules()):
+        if isinstance(layer, nn.Linear):
+            blocks.set_submodule(name, encode(layer, form))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llamero.model.attention import Documents, Layout, attend
 from llamero.model.config import LlamaConfig
+from llamero.model.dropout import SILENT, LayerNoise, Noise, attend_dropped, drop
 from llamero.model.linear import linear
 from llamero.model.rope import rotate, rotations
 
@@ -63,6 +64,7 @@ class Attention(nn.Module):
         rotation: Float[Tensor, "tokens half 2"],
         layout: Layout,
         cache: tuple[Cache, int] | None = None,
+        noise: LayerNoise = SILENT,
     ) -> Float[Tensor, "tokens dim"]:
         """Return the mixture; `cache` is the cache and this layer's number in it."""
         split = (-1, self.head_dim)
@@ -71,7 +73,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, split)
         if cache is not None:
             k, v = cache[0].extend(cache[1], k, v)
-        out, _ = attend(q, k, v, layout)
+        if noise.probabilities is not None:
+            assert isinstance(layout, Documents)  # what is trained on
+            out = attend_dropped(q, k, v, layout.lengths, noise.probabilities)
+        else:
+            out, _ = attend(q, k, v, layout)
         return self.o_proj(out.flatten(-2))
 
 
@@ -106,10 +112,11 @@ class Block(nn.Module):
         rotation: Float[Tensor, "tokens half 2"],
         layout: Layout,
         cache: tuple[Cache, int] | None = None,
+        noise: LayerNoise = SILENT,
     ) -> Float[Tensor, "tokens dim"]:
         """Add what attention and what the MLP have to say."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + drop(self.self_attn(self.input_layernorm(x), rotation, layout, cache, noise), noise.attention)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), noise.mlp)
 
 
 class Decoder(nn.Module):
@@ -159,18 +166,30 @@ class Llama(nn.Module):
         rotation: Float[Tensor, "tokens half 2"],
         layout: Layout,
         cache: Cache | None = None,
+        noise: Noise | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Return the normalized last hidden state of each token; `lm_head` of it are the logits."""
         x = self.model.embed_tokens(ids)
+        if noise is not None:
+            x = noise.on_embeddings(x)
         for number, block in enumerate(self.model.layers):
-            x = block(x, rotation, layout, None if cache is None else (cache, number))
+            here = None if cache is None else (cache, number)
+            x = block(x, rotation, layout, here, SILENT if noise is None else noise.of_layer(number))
         return self.model.norm(x)
 
-    def packed_hidden(self, ids: Int[Tensor, " tokens"], lengths: Sequence[int]) -> Float[Tensor, "tokens dim"]:
-        """Return hidden states of documents that lie one after the other and do not see each other."""
+    def packed_hidden(
+        self, ids: Int[Tensor, " tokens"], lengths: Sequence[int], noise: Noise | None = None
+    ) -> Float[Tensor, "tokens dim"]:
+        """Return hidden states of documents that lie one after the other and do not see each other.
+
+        Args:
+            ids: Their tokens.
+            lengths: Tokens of each.
+            noise: What training leaves out or adds; nothing where it is not given.
+        """
         positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
         each = [length for length in lengths for _ in range(length)]
-        return self.hidden(ids, self.rotation(positions, each), Documents(tuple(lengths)))
+        return self.hidden(ids, self.rotation(positions, each), Documents(tuple(lengths)), noise=noise)
 
     def forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return the logits of whole sequences of equal length."""

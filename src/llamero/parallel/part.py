@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from llamero.kernels.cross_entropy import Share, linear_cross_entropy, sharded_linear_cross_entropy
 from llamero.model.attention import Documents
+from llamero.model.dropout import SILENT, Noise
 from llamero.model.llama import Llama
 
 
@@ -27,6 +29,8 @@ class Micro(NamedTuple):
     """That next token."""
     weights: Float[Tensor, " learned"]
     """How much it counts."""
+    noise: Noise | None = None
+    """What training leaves out or adds."""
 
     def to(self, device: torch.device) -> "Micro":
         """Return it on a device."""
@@ -36,6 +40,7 @@ class Micro(NamedTuple):
             self.learned.to(device),
             self.targets.to(device),
             self.weights.to(device),
+            self.noise and replace(self.noise, keys=self.noise.keys.to(device), lengths=self.noise.lengths.to(device)),
         )
 
     def padded(self, tokens: int) -> "Micro":
@@ -43,7 +48,11 @@ class Micro(NamedTuple):
         missing = tokens - len(self.ids)
         if not missing:
             return self
-        return self._replace(ids=torch.cat([self.ids, self.ids.new_zeros(missing)]), lengths=(*self.lengths, missing))
+        noise, extra = self.noise, self.ids.new_zeros(missing)
+        if noise is not None:
+            keys, lengths = torch.cat([noise.keys, extra]), torch.cat([noise.lengths, extra + missing])
+            noise = replace(noise, keys=keys, lengths=lengths)
+        return self._replace(ids=torch.cat([self.ids, extra]), lengths=(*self.lengths, missing), noise=noise)
 
 
 class Part(nn.Module):
@@ -59,7 +68,9 @@ class Part(nn.Module):
         super().__init__()
         self.first, self.last = layers.start == 0, layers.stop == llama.config.num_layers
         self._rotation: Callable[..., Tensor] = llama.rotation
-        self._autocast = autocast
+        self._autocast, self._heads = autocast, llama.config.num_heads
+        self.z_loss = 0.0
+        """How much large logits cost."""
         self.tensor: DeviceMesh | None = None
         """The processes that share this part's matrices."""
         self.spread: Placement = Replicate()
@@ -89,15 +100,27 @@ class Part(nn.Module):
         """
         micro = self.micros[int(number)]
         with self._precision(micro.ids.device):
+            noise = self._noise(micro)
             if self.first:
                 x = self.embed_tokens(micro.ids)
+                if noise is not None:
+                    x = noise.on_embeddings(x)
             positions = torch.cat([torch.arange(length) for length in micro.lengths]).to(micro.ids.device)
             each = [length for length in micro.lengths for _ in range(length)]
             rotation, layout = self._rotation(positions, each), Documents(micro.lengths)
-            for block in self.layers.values():
-                x = block(x, rotation, layout)
+            for number, block in self.layers.items():
+                x = block(x, rotation, layout, None, SILENT if noise is None else noise.of_layer(int(number)))
             assert x is not None
             return torch.stack([self._loss(self.norm(x), micro)]) if self.last else x
+
+    def _noise(self, micro: Micro) -> Noise | None:
+        """Return the noise on what of the tokens, and which of the heads, this process has."""
+        if micro.noise is None or self.tensor is None:
+            return micro.noise
+        rank, size = self.tensor.get_local_rank(), self.tensor.size()
+        tokens = len(micro.ids) // size
+        rows = None if self.spread == Replicate() else slice(rank * tokens, (rank + 1) * tokens)
+        return replace(micro.noise, rows=rows, first_head=rank * self._heads // size)
 
     def _loss(self, hidden: Tensor, micro: Micro) -> Tensor:
         weight: Tensor = self.lm_head.weight
@@ -112,8 +135,8 @@ class Part(nn.Module):
             share = Share(self.tensor.get_group(), start)
         learned = hidden if len(micro.learned) == len(micro.ids) else hidden[micro.learned]
         if self.first and share is None:
-            return linear_cross_entropy(learned, weight, micro.targets, micro.weights)
-        return sharded_linear_cross_entropy(learned, weight, micro.targets, micro.weights, share)
+            return linear_cross_entropy(learned, weight, micro.targets, micro.weights, self.z_loss)
+        return sharded_linear_cross_entropy(learned, weight, micro.targets, micro.weights, share, self.z_loss)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)

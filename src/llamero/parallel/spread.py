@@ -5,7 +5,7 @@ arXiv:2104.04473), zero-bubble (Qi et al. 2023, arXiv:2401.10241), all by `torch
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from llamero.checkpoint.hf import Spec
 from llamero.model.llama import Llama
@@ -67,6 +67,8 @@ class Spread:
         self.config, self.world = model.config, world
         self.specs = {name: Spec(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
         """Every parameter of the whole model."""
+        self.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        """Those that are not frozen."""
         self.passes = Passes(*parallel.share(batch), sequence)
         pieces, layers = parallel.pieces, model.config.num_layers
         self._mine = range(world.along("pipeline"), pieces, parallel.pipeline)
@@ -88,17 +90,20 @@ class Spread:
 
     # -- passes
 
-    def losses(self, micros: Sequence[Micro], *, total: float = 1.0, backward: bool = True) -> float:
+    def losses(
+        self, micros: Sequence[Micro], *, total: float = 1.0, z_loss: float = 0.0, backward: bool = True
+    ) -> float:
         """Return Σ weight·nll / total of this process's micro-batches, or 0 where the last layers are another's.
 
         Args:
             micros: As many on every process.
             total: Weight of the whole step.
+            z_loss: How much large logits cost.
             backward: Whether to add the gradients to `.grad`.
         """
         ready = [self._even(micro).to(self.world.device) for micro in micros]
         for part in self.parts:
-            part.micros = ready
+            part.micros, part.z_loss = ready, z_loss
         with torch.set_grad_enabled(backward):
             if self._schedule is not None:
                 loss = self._scheduled(total, backward=backward)
@@ -198,18 +203,27 @@ class Spread:
 
     # -- whole tensors
 
-    def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole, one at a time, on the first process; the others take part and get nothing."""
+    def whole(
+        self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter, *, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter whole, one at a time, on the first process; the others take part and get nothing.
+
+        Args:
+            of: What is wanted of each, for example the optimizer's moments; it lies as the parameter does, or has one element.
+            trained: Leave out frozen parameters.
+        """
         named, world = self.named(), self.world
         here = world.along("pipeline")
-        for name, spec in self.specs.items():
+        for name in self.specs:
+            if trained and name not in self.trained:
+                continue
             owner = self._owner[name]
             value: Tensor | None = None
             if owner == here:
-                parameter = named[name].detach()
-                value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                mine = of(named[name]).detach()
+                value = mine.full_tensor() if isinstance(mine, DTensor) else mine
             if owner != 0 and self._sends(owner):
-                value = self._sent(value, spec, owner)
+                value = self._sent(value, owner)
             if world.speaks:
                 assert value is not None
                 yield name, value
@@ -222,13 +236,17 @@ class Spread:
         assert self.world.mesh is not None
         return int(self.world.mesh.mesh[pipeline].flatten()[0])
 
-    def _sent(self, value: Tensor | None, spec: Spec, owner: int) -> Tensor | None:
+    def _sent(self, value: Tensor | None, owner: int) -> Tensor | None:
         """Bring a tensor to the first process."""
+        source = self._first_of(owner)
         if self.world.speaks:
-            value = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-            dist.recv(value, src=self._first_of(owner))
+            about: list[Any] = [None]
+            dist.recv_object_list(about, src=source)
+            value = torch.empty(about[0][0], dtype=about[0][1])
+            dist.recv(value, src=source)
             return value
         assert value is not None
+        dist.send_object_list([(tuple(value.shape), value.dtype)], dst=0)
         dist.send(value.cpu().contiguous(), dst=0)
         return None
 
@@ -242,6 +260,13 @@ class Spread:
         else:
             piece = len(pieces) - 1
         return piece % self.world.parallel.pipeline
+
+
+def lying_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """Return of a whole tensor what a process holds of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _summed(parameter: nn.Parameter) -> Tensor:

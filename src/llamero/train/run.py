@@ -86,7 +86,18 @@ def run(
             resume.remove(out / "checkpoints")
         spread.world.barrier()
 
-    outcome = train(model, batches, stage, out, parallel=parallel, validation=validation, export=export)
+    before = start if isinstance(start, Path) else None
+    outcome = train(
+        model,
+        batches,
+        stage,
+        out,
+        parallel=parallel,
+        validation=validation,
+        seed=seed,
+        start=before,
+        export=export,
+    )
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,

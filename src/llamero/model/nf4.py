@@ -1,0 +1,119 @@
+"""NF4: codes of four bits whose values lie where normally distributed weights are, a scale for each block of 64.
+
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3). Every byte is as in the files and kernels of bitsandbytes:
+blocks run over the flattened weight, the first of two weights has the high half of the byte. With double quantization
+the scales, less their mean, are 8-bit codes of the dynamic map (Dettmers 2015, arXiv:1511.04561) in blocks of 256.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from llamero.checkpoint.hf import Spec
+
+BLOCK, NESTED_BLOCK = 64, 256
+
+VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""What each code stands for, as bitsandbytes publishes it."""
+
+
+@cache
+def code_book() -> Float[Tensor, "16"]:
+    """Return the values of the sixteen codes."""
+    return torch.tensor(VALUES)
+
+
+@cache
+def dynamic_map() -> Float[Tensor, "256"]:
+    """Return the values of the 8-bit codes: seven decades, each with twice the values of the one below."""
+    decades = []
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        decades.append(10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2))
+    positive = torch.cat(decades)
+    return torch.cat([-positive, torch.zeros(1), positive, torch.ones(1)]).sort().values
+
+
+@cache
+def _pairs() -> Float[Tensor, "256 2"]:
+    """Return the two values of each byte."""
+    return torch.cartesian_prod(code_book(), code_book())
+
+
+def specs(inputs: int, outputs: int, *, double: bool) -> dict[str, Spec]:
+    """Return shape and dtype of what `encode` returns."""
+    blocks = inputs * outputs // BLOCK
+    plain = {"packed": Spec((inputs * outputs // 2,), torch.uint8), "absmax": Spec((blocks,), torch.float32)}
+    if not double:
+        return plain
+    return plain | {
+        "absmax": Spec((blocks,), torch.uint8),
+        "nested_absmax": Spec((-(-blocks // NESTED_BLOCK),), torch.float32),
+        "offset": Spec((), torch.float32),
+    }
+
+
+def encode(weight: Float[Tensor, "out d"], *, double: bool) -> dict[str, Tensor]:
+    """Return the codes of a weight and the scales of its blocks.
+
+    Args:
+        weight: As many numbers as fill blocks of 64.
+        double: Whether the scales are quantized too.
+    """
+    if weight.numel() % BLOCK:
+        raise ValueError(f"{weight.numel()} weights do not fill blocks of {BLOCK}")
+    codes, absmax = _nearest(weight.flatten().float(), code_book(), BLOCK)
+    packed = codes[0::2] << 4 | codes[1::2]
+    if not double:
+        return {"packed": packed, "absmax": absmax}
+    offset = absmax.mean()
+    nested, nested_absmax = _nearest(absmax - offset, dynamic_map(), NESTED_BLOCK)
+    return {"packed": packed, "absmax": nested, "nested_absmax": nested_absmax, "offset": offset}
+
+
+def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "out d"]:
+    """Return the weight, computed in float32 and rounded once; on CUDA by bitsandbytes where it is installed."""
+    packed, absmax = tensors["packed"], tensors["absmax"]
+    if "offset" in tensors:
+        scales = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(absmax)]
+        absmax = dynamic_map().to(absmax.device)[absmax.int()] * scales + tensors["offset"]
+    if packed.is_cuda and has_bitsandbytes():
+        return decode_with_bitsandbytes(packed, absmax, shape, dtype)
+    weight = _pairs().to(packed.device)[packed.int()].view(-1, BLOCK)
+    return weight.mul_(absmax[:, None]).to(dtype).view(shape)
+
+
+@cache
+def has_bitsandbytes() -> bool:
+    """Return whether the kernels of bitsandbytes are there."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def decode_with_bitsandbytes(
+    packed: UInt8[Tensor, " bytes"], absmax: Float[Tensor, " blocks"], shape: tuple[int, int], dtype: torch.dtype
+) -> Float[Tensor, "out d"]:
+    """Return the weight; the fast twin of what `decode` does with plain torch."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit  # pyright: ignore[reportMissingImports] (optional)
+
+    state = QuantState(absmax, shape=torch.Size(shape), dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    return dequantize_4bit(packed[:, None], state)
+
+
+def _nearest(
+    x: Float[Tensor, " n"], book: Float[Tensor, " codes"], block: int
+) -> tuple[UInt8[Tensor, " n"], Float[Tensor, " blocks"]]:
+    """Return the code nearest to each number over the largest of its block, and those; the last block may be short."""
+    blocks = F.pad(x, (0, -len(x) % block)).unflatten(0, (-1, block))
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).flatten()[: len(x)]
+    between = ((book[:-1] + book[1:]) / 2).to(x.device)
+    return torch.bucketize(scaled, between, out_int32=True).to(torch.uint8), absmax
