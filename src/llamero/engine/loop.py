@@ -200,7 +200,8 @@ class _Run:
         return weight, sum(part.tokens for part in parts), sum(len(part.targets) for part in parts)
 
     def _not_finite(self, what: str, rows: Sequence[int], parts: Sequence[Batch]) -> LlameroError:
-        documents = {number for said in self.world.gather([part.documents for part in parts]) for number in sum(said, ())}
+        mine = [number for part in parts for number in part.documents]
+        documents = {number for said in self.world.gather(mine) for number in said}
         return LlameroError(
             f"the {what} (rows {_few(rows)}; documents {_few(sorted(documents))})",
             where=f"stage {self.stage.name}",

@@ -108,10 +108,11 @@ def _keep_products(context: Any, operation: Any, *args: Any, **keys: Any) -> Che
 
 def _over_data(part: Part, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     axes = mesh["replicate", "shard"] if parallel.replicate > 1 else mesh["shard"]
+    on_cpu = CPUOffloadPolicy(pin_memory=axes.device_type == "cuda")
     keys: dict[str, Any] = {
         "mesh": axes,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=getattr(torch, parallel.reduce_dtype)),
-        "offload_policy": CPUOffloadPolicy(pin_memory=axes.device_type == "cuda") if parallel.offload else OffloadPolicy(),
+        "offload_policy": on_cpu if parallel.offload else OffloadPolicy(),
         "shard_placement_fn": _across,
     }
     for block in part.layers.values():

@@ -209,7 +209,7 @@ class Spread:
         """Yield every parameter whole, one at a time, on the first process; the others take part and get nothing.
 
         Args:
-            of: What is wanted of each, for example the optimizer's moments; it lies as the parameter does, or has one element.
+            of: What is wanted of each, such as the optimizer's moments: of its shape, or one number.
             trained: Leave out frozen parameters.
         """
         named, world = self.named(), self.world

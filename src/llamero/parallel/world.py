@@ -139,7 +139,8 @@ def _join(parallel: ParallelConfig, where: torch.device) -> None:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     timeout = timedelta(seconds=2 * parallel.timeout)  # the watch speaks first
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
+    meeting = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
     _watch = _Watch(dist.PrefixStore("watch", store), rank, size, parallel.timeout)
     _watch.start()
     atexit.register(_watch.leave)

@@ -27,6 +27,9 @@ STAGE = {
     "clip": 0.5,
     "weight_decay": 0.1,
     "learn": {"user": 0.5},
+    "dropout": {"hidden": 0.2, "lima": True, "attention": 0.1},
+    "neftune": 5,
+    "z_loss": 1e-4,
 }
 
 

@@ -47,7 +47,7 @@ def expected(tmp_path_factory):
     return layouts.run([*orders, SHORT], processes=1, where=where)
 
 
-SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7}}
+SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7, "dropout": {"hidden": 0.2}}}
 """The last step has fewer rows than there are processes."""
 
 
