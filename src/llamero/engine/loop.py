@@ -42,7 +42,7 @@ class Outcome:
     validation_loss: float | None
 
 
-def train(
+def train(  # noqa: PLR0913  (all that a stage is)
     model: Llama,
     batches: Batches,
     stage: StageConfig,

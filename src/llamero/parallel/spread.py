@@ -190,9 +190,7 @@ class Spread:
             if parameter.grad is not None:
                 grad = parameter.grad = _summed(parameter)
                 by_copies.setdefault(_copies(grad), []).append(local(grad))
-        squares = sum(
-            float(torch.nn.utils.get_total_norm(grads)) ** 2 / copies for copies, grads in by_copies.items()
-        )
+        squares = sum(float(torch.nn.utils.get_total_norm(grads)) ** 2 / copies for copies, grads in by_copies.items())
         norm = math.sqrt(self.world.sum([squares])[0])
         total = torch.tensor(norm, dtype=torch.float32)
         scale = torch.clamp(limit / (total + 1e-6), max=1.0)
