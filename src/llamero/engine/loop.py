@@ -225,7 +225,8 @@ class _Run:
         return loss / weight
 
 
-EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), *(torch.zeros(0, dtype=torch.int64),) * 2, torch.zeros(0), ())
+NOTHING = torch.zeros(0, dtype=torch.int64)
+EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), NOTHING, NOTHING, torch.zeros(0), ())
 """What a process passes through the model when the others have a row more."""
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from llamero.checkpoint import hf
 from llamero.core import files
@@ -36,7 +40,7 @@ def save(
         partial.mkdir(parents=True)
     world.barrier()
     state = _state(weights, lambda parameter, key: optimizer.state[parameter][key])
-    _with_plain_errors(lambda: dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=world.size == 1))
+    _with_plain_errors(lambda: save_state(state, storage_writer=FileSystemWriter(partial), no_dist=world.size == 1))
     world.barrier()
     mine = sorted(path for path in partial.iterdir() if path.name.endswith(".distcp"))[world.rank :: world.size]
     sums = world.gather({path.name: files.sha256(path) for path in mine})
@@ -75,15 +79,15 @@ def load(directory: Path, *, weights: Weights, optimizer: torch.optim.Optimizer,
         if parameter.requires_grad
     }
     state = _state(weights, lambda parameter, key: fresh[parameter][key])
-    reader = dcp.FileSystemReader(last)
+    reader = FileSystemReader(last)
     stored = reader.read_metadata().state_dict_metadata
     wanted = {name: tuple(value.shape) for name, value in state.items()}
-    found = {name: tuple(about.size) for name, about in stored.items() if isinstance(about, dcp.TensorStorageMetadata)}
+    found = {name: tuple(about.size) for name, about in stored.items() if isinstance(about, TensorStorageMetadata)}
     complete = {name for part in world.gather(list(wanted)) for name in part}
     if complete != set(found) or any(found[name] != shape for name, shape in wanted.items()):
         raise LlameroError("the checkpoint is of a model of another shape", where=last, fix="remove this directory")
     with torch.no_grad():
-        _with_plain_errors(lambda: dcp.load(state, storage_reader=reader, no_dist=world.size == 1))
+        _with_plain_errors(lambda: load_state(state, storage_reader=reader, no_dist=world.size == 1))
     for parameter, moments in fresh.items():
         optimizer.state[parameter] = moments
     return about["step"]
@@ -131,7 +135,7 @@ def _with_plain_errors(work: Callable[[], object]) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*single process.*")
             work()
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
 

@@ -49,7 +49,7 @@ class ParallelConfig(Strict):
     offload: bool = False
     """Weights, gradients and optimizer rest in CPU memory (needs `shard` or `replicate` above 1)."""
     compile: bool = False
-    """Compile each layer."""
+    """Compile what of each layer does not depend on the lengths of documents: norms and MLP."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients are summed over devices."""
 

@@ -102,14 +102,13 @@ class Part(nn.Module):
         with self._precision(micro.ids.device):
             noise = self._noise(micro)
             if self.first:
-                x = self.embed_tokens(micro.ids)
-                if noise is not None:
-                    x = noise.on_embeddings(x)
+                embedded = self.embed_tokens(micro.ids)
+                x = embedded if noise is None else noise.on_embeddings(embedded)
             positions = torch.cat([torch.arange(length) for length in micro.lengths]).to(micro.ids.device)
             each = [length for length in micro.lengths for _ in range(length)]
             rotation, layout = self._rotation(positions, each), Documents(micro.lengths)
-            for number, block in self.layers.items():
-                x = block(x, rotation, layout, None, SILENT if noise is None else noise.of_layer(int(number)))
+            for layer, block in self.layers.items():
+                x = block(x, rotation, layout, None, SILENT if noise is None else noise.of_layer(int(layer)))
             assert x is not None
             return torch.stack([self._loss(self.norm(x), micro)]) if self.last else x
 

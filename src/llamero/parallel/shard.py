@@ -28,11 +28,11 @@ def shard(part: Part, world: World) -> None:
     if world.mesh is not None and parallel.tensor > 1:
         _over_tensor(part, world.mesh["tensor"], sequence=parallel.sequence_parallel)
     for number, block in list(part.layers.items()):
+        if parallel.compile:  # attention stays out: it depends on the lengths of documents, which always change
+            for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
+                block.get_submodule(name).compile(dynamic=True)
         if parallel.recompute != "none":
-            block = _recomputed(block, selective=parallel.recompute == "selective")
-            part.layers[number] = block
-        if parallel.compile:
-            block.compile()
+            part.layers[number] = _recomputed(block, selective=parallel.recompute == "selective")
     if world.mesh is not None and parallel.data > 1:
         _over_data(part, world.mesh, parallel)
 
