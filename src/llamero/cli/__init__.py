@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from llamero.cli import data, launch, release, talk
+from llamero.cli import convert, data, launch, release, talk
 from llamero.cli.display import err, say_error
 from llamero.core import world
 from llamero.core.errors import LlameroError
@@ -32,6 +32,7 @@ for command in (
     release.check,
     release.evaluate,
     release.quantize,
+    convert.convert,
     talk.generate,
     talk.chat,
     release.watch,

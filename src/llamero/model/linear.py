@@ -130,8 +130,8 @@ class Nf4Linear(PackedLinear):
 
     def __init__(self, inputs: int, outputs: int, *, double: bool, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        for name, spec in nf4.specs(inputs, outputs, double=double).items():
-            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
+        for name, tensor in nf4.empty(inputs, outputs, double=double).items():
+            self.register_buffer(name, tensor)
 
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 and rounded once."""

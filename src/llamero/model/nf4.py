@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from llamero.checkpoint.hf import Spec
-
 BLOCK, NESTED_BLOCK = 64, 256
 
 VALUES = (
@@ -49,16 +47,16 @@ def _pairs() -> Float[Tensor, "256 2"]:
     return torch.cartesian_prod(code_book(), code_book())
 
 
-def specs(inputs: int, outputs: int, *, double: bool) -> dict[str, Spec]:
-    """Return shape and dtype of what `encode` returns."""
+def empty(inputs: int, outputs: int, *, double: bool) -> dict[str, Tensor]:
+    """Return tensors of the shapes and dtypes of those that `encode` returns."""
     blocks = inputs * outputs // BLOCK
-    plain = {"packed": Spec((inputs * outputs // 2,), torch.uint8), "absmax": Spec((blocks,), torch.float32)}
+    plain = {"packed": torch.empty(inputs * outputs // 2, dtype=torch.uint8), "absmax": torch.empty(blocks)}
     if not double:
         return plain
     return plain | {
-        "absmax": Spec((blocks,), torch.uint8),
-        "nested_absmax": Spec((-(-blocks // NESTED_BLOCK),), torch.float32),
-        "offset": Spec((), torch.float32),
+        "absmax": torch.empty(blocks, dtype=torch.uint8),
+        "nested_absmax": torch.empty(-(-blocks // NESTED_BLOCK)),
+        "offset": torch.empty(()),
     }
 
 

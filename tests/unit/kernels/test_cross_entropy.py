@@ -1,5 +1,7 @@
 """The chunked cross-entropy against all logits at once: values, both gradients, weights, scales, chunks, dtypes."""
 
+import math
+
 import pytest
 import torch
 
@@ -19,8 +21,8 @@ def drawn(tokens, *, dtype=torch.float32, seed=0):
     return hidden, weight, targets, torch.rand(tokens, generator=generator) * 3
 
 
-def gradients(function, hidden, weight, targets, weights, *, scale=1.0):
-    loss = function(hidden, weight, targets, weights)
+def gradients(function, hidden, weight, targets, weights, *, scale=1.0, z_loss=0.0):
+    loss = function(hidden, weight, targets, weights, z_loss)
     return (loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight)))
 
 
@@ -102,6 +104,38 @@ def test_large_logits_neither_overflow_nor_vanish():
     for ours, theirs in zip(gradients(linear_cross_entropy, *given), gradients(plain, *given), strict=True):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_z_loss_is_the_square_of_the_log_of_what_all_odds_sum_to():
+    hidden, weight, targets, weights = drawn(5)
+    expected = sum(
+        share.item()
+        * math.log(sum(math.exp(sum(a * b for a, b in zip(x, row, strict=True))) for row in weight.tolist())) ** 2
+        for x, share in zip(hidden.tolist(), weights, strict=True)
+    )
+    added = plain(hidden, weight, targets, weights, 0.5) - plain(hidden, weight, targets, weights)
+    assert added.item() == pytest.approx(0.5 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3, 10.0])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_z_loss_and_its_gradients_are_those_of_all_logits_at_once(z_loss, chunk, chunks_of):
+    chunks_of(chunk)
+    hidden, weight, targets, weights = (x.double() if x.is_floating_point() else x for x in drawn(13))
+    given = hidden.detach().requires_grad_(), weight.detach().requires_grad_(), targets, weights
+    ours, theirs = (gradients(function, *given, z_loss=z_loss) for function in (linear_cross_entropy, plain))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_z_loss_makes_large_logits_smaller():
+    hidden, weight, targets, weights = drawn(9)
+    given = hidden, (weight.detach() * 3).requires_grad_(), targets, weights
+    for _ in range(50):
+        _, _, gradient = gradients(linear_cross_entropy, *given, z_loss=0.1)
+        given[1].data -= 0.05 * gradient
+    before = (hidden @ weight.T * 3).logsumexp(-1).square().mean()
+    assert (hidden @ given[1].T).logsumexp(-1).square().mean() < 0.5 * before
 
 
 def test_no_token_is_no_loss():
