@@ -24,7 +24,7 @@ LAYOUTS = {
     2: {
         "fsdp in micro-batches": {"micro_batch": 1},
         "tensor, recomputed": {"tensor": 2, "recompute": "selective"},
-        "tensor, compiled": {"tensor": 2, "compile": True},
+        "fsdp, compiled": {"compile": True},
         "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
     },
     4: {
