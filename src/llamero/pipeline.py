@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llamero.core import artifact, files, results
+from llamero.core import artifact, files, results, world
 from llamero.core.artifact import Artifact, Build, Identity
 from llamero.core.download import TOKENIZER_FILES, resolve_model
 from llamero.core.errors import LlameroError, did_you_mean
@@ -40,6 +40,8 @@ class Stage:
     """What it makes, by name."""
     make: Callable[[Builds], None]
     """Makes those that are missing."""
+    together: bool = False
+    """Whether all processes of a run make it, each a part; else the first does while the others wait."""
 
     @property
     def identity(self) -> Identity:
@@ -245,7 +247,7 @@ class Plan:
                 new_rows=recipe.data.new_rows,
             )
 
-        return self._add(identity.stage, identity, make)
+        return self._add(identity.stage, identity, make, together=True)
 
     # -- quantization
 
@@ -403,8 +405,10 @@ class Plan:
         found = self.models[name]
         return self._digest(found) if isinstance(found, Path) else found.digest
 
-    def _add(self, name: str, identity: Identity, make: Callable[[Builds], None]) -> Identity:
-        self.stages.append(Stage(name, {name: identity}, make))
+    def _add(
+        self, name: str, identity: Identity, make: Callable[[Builds], None], *, together: bool = False
+    ) -> Identity:
+        self.stages.append(Stage(name, {name: identity}, make, together))
         return identity
 
 
@@ -430,8 +434,11 @@ def run(
         datasets: Mixtures to make and nothing else.
         on_row: Told of every artifact as it is done.
     """
+    if world.rank():
+        return _help(Plan(recipe, root, out, datasets), out)
     with artifact.alone_in(out):
         plan = Plan(recipe, root, out, datasets)
+        _refuse_other_processes(plan)
         rows: list[Row] = []
         for stage in plan.stages:
             for row in _make(stage, out):
@@ -444,8 +451,33 @@ def run(
         return Outcome(rows, release, model, plan.all_results())
 
 
+def _refuse_other_processes(plan: Plan) -> None:
+    """Refuse to train with other than the processes that the recipe asks for; alone one can make all the rest."""
+    trains = any(stage.together and _missing(stage, plan.out) for stage in plan.stages)
+    if trains or world.size() > 1:
+        world.refuse_other_size(plan.recipe.parallel.gpus)
+
+
+def _help(plan: Plan, out: Path) -> Outcome:
+    """Do the part of a process that is not the first: take part in training, wait for all else."""
+    _refuse_other_processes(plan)
+    rows = []
+    for stage in plan.stages:
+        missing = _missing(stage, out)
+        if missing and stage.together:
+            stage.make({name: Build(artifact.partial(out, identity)) for name, identity in missing.items()})
+        while _missing(stage, out):
+            time.sleep(0.2)
+        rows += [Row(name, "kept", 0.0, identity.path(out)) for name, identity in stage.identities.items()]
+    return Outcome(rows, None, None, ())
+
+
+def _missing(stage: Stage, out: Path) -> dict[str, Identity]:
+    return {name: i for name, i in stage.identities.items() if artifact.find(out, i) is None}
+
+
 def _make(stage: Stage, out: Path) -> list[Row]:
-    missing = {name: i for name, i in stage.identities.items() if artifact.find(out, i) is None}
+    missing = _missing(stage, out)
     began = time.monotonic()
     if missing:
         with ExitStack() as stack:

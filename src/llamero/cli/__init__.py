@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from cyclopts import App
 
 from llamero.cli import convert, data, launch, release, talk
 from llamero.cli.display import err, say_error
+from llamero.core import world
 from llamero.core.errors import LlameroError
 from llamero.core.interrupt import Interrupted
 
@@ -42,6 +44,23 @@ app.command(data.app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake is one message and exit code 2, `--debug` shows where it came from."""
+    if world.size() == 1:
+        _obey(arguments)
+        return
+    code: object = 0
+    try:
+        _obey(arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)  # taking a process group down at the end aborts now and then
+
+
+def _obey(arguments: Sequence[str] | None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]

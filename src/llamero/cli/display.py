@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from llamero.core import progress
+from llamero.core import progress, world
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,7 @@ class Bars:
     """Progress bars on standard error while a block runs, where that is a terminal."""
 
     def __init__(self) -> None:
+        self._shown = err.is_terminal and world.rank() == 0
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -60,12 +61,12 @@ class Bars:
         )
 
     def __enter__(self) -> None:
-        if err.is_terminal:
+        if self._shown:
             self._progress.start()
             progress.install(self)
 
     def __exit__(self, *_: object) -> None:
-        if err.is_terminal:
+        if self._shown:
             self._progress.stop()
             progress.install(None)
 

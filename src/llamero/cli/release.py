@@ -11,6 +11,7 @@ from rich.table import Table
 
 from llamero.cli.display import Bars, out, say_outcome, say_results, say_row, size
 from llamero.cli.options import Model, OutDir, Override, Recipe, import_uninterrupted
+from llamero.core import world
 from llamero.core.errors import LlameroError
 
 
@@ -32,7 +33,8 @@ def run(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
     import_uninterrupted("llamero.model.load")
     with Bars():
         outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=say_row)
-    say_outcome(outcome)
+    if world.rank() == 0:
+        say_outcome(outcome)
 
 
 def check(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:

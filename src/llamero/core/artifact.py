@@ -80,6 +80,12 @@ def read(path: Path) -> Artifact:
         raise LlameroError(f"not an artifact: {problem}", where=path / MANIFEST, fix="remove the directory") from error
 
 
+def partial(root: Path, identity: Identity) -> Path:
+    """Return where this artifact stands while it is made."""
+    final = identity.path(root)
+    return final.with_name(final.name + ".partial")
+
+
 class Build:
     """An artifact in the making: write into `path`, set `summary`, and it is finished when the block ends."""
 
@@ -100,10 +106,10 @@ def build(root: Path, identity: Identity) -> Iterator[Build]:
         raise LlameroError(
             f"its place is taken by something without a finished `{MANIFEST}`", where=final, fix="remove it"
         )
-    partial = final.with_name(final.name + ".partial")
-    with files.disk_errors_named(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        work = Build(partial)
+    unfinished = partial(root, identity)
+    with files.disk_errors_named(unfinished):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        work = Build(unfinished)
         yield work
         manifest = {
             "kind": identity.kind,
@@ -114,9 +120,9 @@ def build(root: Path, identity: Identity) -> Iterator[Build]:
             "parents": identity.parents,
             "summary": work.summary,
         }
-        files.write_json(partial / MANIFEST, manifest)
-        files.sync(partial)
-        partial.rename(final)
+        files.write_json(unfinished / MANIFEST, manifest)
+        files.sync(unfinished)
+        unfinished.rename(final)
 
 
 @contextmanager

@@ -40,6 +40,11 @@ class Batch:
     documents: tuple[int, ...]
     """Number of each document in its dataset, for messages."""
 
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens of documents it has."""
+        return len(self.ids) if self.documents else 0
+
 
 @dataclass
 class Report:

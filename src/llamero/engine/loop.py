@@ -6,13 +6,12 @@ that accumulating k micro-batches is the same as one batch k times as large.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llamero.core import progress
 from llamero.core.errors import LlameroError
@@ -24,10 +23,11 @@ from llamero.engine.noise import noise_of
 from llamero.engine.optimizer import adamw, load_moments, save_moments
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
-from llamero.kernels.cross_entropy import linear_cross_entropy
-from llamero.model.dropout import Noise
 from llamero.model.llama import Llama
 from llamero.parallel.config import ParallelConfig
+from llamero.parallel.part import Micro
+from llamero.parallel.spread import Spread
+from llamero.parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Outcome:
     validation_loss: float | None
 
 
-def train(
+def train(  # noqa: PLR0913  (all that a stage is)
     model: Llama,
     batches: Batches,
     stage: StageConfig,
@@ -50,18 +50,20 @@ def train(
     *,
     parallel: ParallelConfig,
     validation: Batches | None = None,
+    export: Callable[[Spread], None] = lambda spread: None,
     seed: int = 0,
     start: Path | None = None,
 ) -> Outcome:
     """Train a model in place, from the last checkpoint in `directory` if there is one.
 
     Args:
-        model: In float32, on its device.
+        model: In float32, the same on every process; its modules are spread over the processes in place.
         batches: Every batch of the stage.
         stage: How to train.
         directory: For checkpoints and metrics.jsonl.
-        parallel: How many rows go through the model at a time.
+        parallel: Over which devices, and how many rows go through the model at a time.
         validation: Rows to measure the loss on every `eval_every` steps and at the end.
+        export: Told of the trained model.
         seed: Decides, with the step and the samples, what is dropped.
         start: Directory that the model comes from, for `optimizer: keep`.
 
@@ -71,18 +73,22 @@ def train(
     """
     if problem := stage.too_long(batches.steps):
         raise LlameroError(problem, where=f"stage {stage.name}", fix="lower it, or train longer")
-    optimizer = adamw(model, stage)
+    world = World(parallel)
+    precision = _autocast(stage, world.device)
+    spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
+    optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
-    first = resume.load(checkpoints, model=model, optimizer=optimizer)
+    first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)
     if stage.optimizer == "keep" and not first:
         if start is None:
             where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
             raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
-        load_moments(start, model=model, optimizer=optimizer)
-    run = _Run(model, stage, batches, parallel, seed)
+        load_moments(start, spread=spread, optimizer=optimizer)
+    run = _Run(spread, stage, batches, seed)
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
-    with Metrics(directory / "metrics.jsonl", step=first) as metrics, bar, Deferred() as stop:
+    with _metrics(directory, first, world) as metrics, bar, Deferred() as stop, world.missing_named():
         for step in range(first, batches.steps):
+            world.beat(step)
             line = run.step(step, optimizer)
             done = step + 1
             last = done == batches.steps
@@ -90,14 +96,40 @@ def train(
                 line["validation_loss"] = run.validate(validation, step)
             metrics.write(line)
             bar.advance(1, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
-            if done % stage.save_every == 0 or stop.asked or last:
+            stopped = world.any(stop.asked)
+            if done % stage.save_every == 0 or stopped or last:
                 metrics.sync()  # a checkpoint must not outlive the lines before it
-                resume.save(checkpoints, step=done, model=model, optimizer=optimizer)
-            if stop.asked:
+                resume.save(checkpoints, step=done, weights=spread.named(), optimizer=optimizer, world=world)
+            if stopped or stop.asked:
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
     if stage.export_optimizer:
-        save_moments(directory, model=model, optimizer=optimizer)
-    return _outcome(read_lines(directory / "metrics.jsonl"))
+        save_moments(directory, spread=spread, optimizer=optimizer)
+    outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl")) if world.speaks else None)
+    assert outcome is not None
+    export(spread)
+    return outcome
+
+
+class _Silent:
+    """Metrics of a process that is not the first."""
+
+    def write(self, values: Mapping[str, float | int]) -> None:
+        """Write nothing."""
+
+    def sync(self) -> None:
+        """Have nothing to sync."""
+
+
+def _metrics(directory: Path, first: int, world: World) -> AbstractContextManager[Metrics | _Silent]:
+    return Metrics(directory / "metrics.jsonl", step=first) if world.speaks else nullcontext(_Silent())
+
+
+def _autocast(stage: StageConfig, device: torch.device) -> torch.dtype | None:
+    """Return the precision of products, or nothing where it is that of the weights."""
+    wanted = stage.precision
+    if wanted == "float32" or (wanted == "auto" and device.type == "cpu"):
+        return None
+    return torch.bfloat16
 
 
 def _outcome(lines: list[dict[str, float]]) -> Outcome:
@@ -112,10 +144,12 @@ def _outcome(lines: list[dict[str, float]]) -> Outcome:
 
 
 class _Run:
-    def __init__(self, model: Llama, stage: StageConfig, batches: Batches, parallel: ParallelConfig, seed: int) -> None:
-        self.model, self.stage, self.batches, self.seed = model, stage, batches, seed
-        self.device = model.model.embed_tokens.weight.device
-        self.micro = parallel.micro_batch or stage.batch
+    def __init__(self, spread: Spread, stage: StageConfig, batches: Batches, seed: int) -> None:
+        self.spread, self.stage, self.batches, self.seed = spread, stage, batches, seed
+        self.world = spread.world
+        # what every process of one share of the rows knows must be counted once
+        alone = self.world.along("pipeline") == 0 and self.world.along("tensor") == 0
+        self._counts, self._says_loss = float(alone), float(self.world.along("tensor") == 0)
 
     def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
         """Take one optimizer step and return its line of metrics."""
@@ -124,67 +158,80 @@ class _Run:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = self.batches.rows_of(step)
-        parts = [self.batches.assemble(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
-        total_weight = sum(float(part.weights.sum()) for part in parts)
-        loss = 0.0
-        for part in parts:
-            share = self._loss_sum(part, self._noise(part, step), self.stage.z_loss) / total_weight
-            share.backward()
-            loss += share.item()
-        norm = self._clip()
+        parts = self._share(self.batches, rows)
+        known = self._known(parts)
+        weight, tokens, supervised = self.world.sum([self._counts * number for number in known])
+        micros = [self._micro(part, step) for part in parts]
+        own = self.spread.losses(micros, total=weight, z_loss=self.stage.z_loss)
+        (loss,) = self.world.sum([self._says_loss * own])
+        norm = self.spread.clip(self.stage.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):  # before the weights take any of it
             what = f"loss of step {step + 1} is {loss}, its gradient's norm {norm}"
-            raise self._not_finite(what, rows, [number for part in parts for number in part.documents])
+            raise self._not_finite(what, rows, parts)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens, supervised = sum(len(p.ids) for p in parts), sum(len(p.targets) for p in parts)
         seconds = time.monotonic() - began
-        line = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
-        line |= {"supervised_tokens": supervised, "tokens_per_second": round(tokens / seconds, 1)}
-        if self.device.type == "cuda":
-            line["max_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        line = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
+        line |= {"supervised_tokens": int(supervised), "tokens_per_second": round(tokens / seconds, 1)}
+        device = self.world.device
+        if device.type == "cuda":
+            line["max_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
         return line
 
-    def _noise(self, part: Batch, step: int) -> Noise | None:
-        layers = self.model.config.num_layers
-        return noise_of(part, self.stage, layers=layers, seed=self.seed, step=step, device=self.device)
+    def _share(self, batches: Batches, rows: Sequence[int]) -> list[Batch]:
+        """Return this process's micro-batches of a step: as many on every process, the last ones perhaps empty."""
+        ranks, rank, passes = self.world.parallel.data, self.world.data_rank, self.spread.passes
+        mine = rows[len(rows) * rank // ranks : len(rows) * (rank + 1) // ranks]
+        count = passes.count if self.world.size > 1 else -(-len(mine) // passes.rows)
+        slices = [mine[i * passes.rows : (i + 1) * passes.rows] for i in range(count)]
+        return [batches.assemble(some) if some else EMPTY for some in slices]
 
-    def _loss_sum(self, part: Batch, noise: Noise | None = None, z_loss: float = 0.0) -> Tensor:
-        with self._precision():
-            hidden = self.model.packed_hidden(part.ids.to(self.device), part.lengths, noise)
-            learned = hidden if len(part.learned) == len(part.ids) else hidden[part.learned.to(self.device)]
-            targets, weights = part.targets.to(self.device), part.weights.to(self.device)
-            return linear_cross_entropy(learned, self.model.lm_head.weight, targets, weights, z_loss)
+    def _micro(self, part: Batch, step: int) -> Micro:
+        """Return what goes through the model in training, where noise falls on it."""
+        noise = None
+        if part.documents:
+            layers, device = self.spread.config.num_layers, torch.device("cpu")
+            noise = noise_of(part, self.stage, layers=layers, seed=self.seed, step=step, device=device)
+        return _plain(part)._replace(noise=noise)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        wanted = self.stage.precision
-        if wanted == "float32" or (wanted == "auto" and self.device.type == "cpu"):
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def _known(self, parts: Sequence[Batch]) -> tuple[float, int, int]:
+        """Return weight, tokens and supervised tokens of batches."""
+        weight = sum(float(part.weights.sum()) for part in parts)
+        return weight, sum(part.tokens for part in parts), sum(len(part.targets) for part in parts)
 
-    def _clip(self) -> float:
-        limit = self.stage.clip or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-
-    def _not_finite(self, what: str, rows: Sequence[int], documents: Sequence[int]) -> LlameroError:
+    def _not_finite(self, what: str, rows: Sequence[int], parts: Sequence[Batch]) -> LlameroError:
+        mine = [number for part in parts for number in part.documents]
+        documents = {number for said in self.world.gather(mine) for number in said}
         return LlameroError(
-            f"the {what} (rows {_few(rows)}; documents {_few(sorted(set(documents)))})",
+            f"the {what} (rows {_few(rows)}; documents {_few(sorted(documents))})",
             where=f"stage {self.stage.name}",
             fix="lower `lr`, or look at these documents; the last checkpoint before this step is kept",
         )
 
-    @torch.no_grad()
     def validate(self, validation: Batches, step: int) -> float:
         """Return the loss per unit of weight over all validation rows; it must be finite."""
         loss = weight = 0.0
-        for start in range(0, len(validation), self.micro):
-            rows = range(start, min(start + self.micro, len(validation)))
-            part = validation.assemble(rows)
-            loss += self._loss_sum(part).item()
+        at_once = self.spread.passes.rows * self.spread.passes.count * self.world.parallel.data
+        if self.world.size == 1:
+            at_once = self.spread.passes.rows
+        for start in range(0, len(validation), at_once):
+            rows = range(start, min(start + at_once, len(validation)))
+            parts = self._share(validation, rows)
+            own = self.spread.losses([_plain(part) for part in parts], backward=False)
+            more, heavier = self.world.sum([self._says_loss * own, self._counts * self._known(parts)[0]])
+            loss, weight = loss + more, weight + heavier
             if not math.isfinite(loss):
-                raise self._not_finite(f"validation loss after step {step + 1} is {loss}", rows, part.documents)
-            weight += float(part.weights.sum())
+                raise self._not_finite(f"validation loss after step {step + 1} is {loss}", rows, parts)
         return loss / weight
+
+
+NOTHING = torch.zeros(0, dtype=torch.int64)
+EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), NOTHING, NOTHING, torch.zeros(0), ())
+"""What a process passes through the model when the others have a row more."""
+
+
+def _plain(batch: Batch) -> Micro:
+    return Micro(batch.ids, batch.lengths, batch.learned, batch.targets, batch.weights)
 
 
 def _few(numbers: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """AdamW with the usual exclusions (Loshchilov & Hutter 2019, arXiv:1711.05101), and its moments from stage to stage."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from llamero.checkpoint import hf
 from llamero.core.errors import LlameroError
 from llamero.engine.stage import StageConfig
+from llamero.parallel.spread import Spread, lying_as
 
 MOMENTS = "optimizer"
 """Folder of the moments beside a model."""
@@ -28,19 +30,26 @@ def adamw(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
 
 
-def save_moments(directory: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Optimizer) -> None:
     """Write the state of the optimizer beside an exported model: `export_optimizer: true`."""
-    tensors = {
-        f"{name}.{key}": value
-        for name, parameter in _trained(model).items()
-        for key, value in optimizer.state[parameter].items()
-    }
+    trained = {name: spec for name, spec in spread.specs.items() if name in spread.trained}
+    specs = {f"{name}.{key}": spec for key in ("exp_avg", "exp_avg_sq") for name, spec in trained.items()}
+    specs |= {f"{name}.step": hf.Spec((), torch.float32) for name in trained}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            for name, value in spread.whole(lambda parameter, key=key: optimizer.state[parameter][key], trained=True):
+                yield f"{name}.{key}", value
+
+    if not spread.world.speaks:
+        for _ in tensors():
+            raise AssertionError("only the first process gets whole tensors")
+        return
     (directory / MOMENTS).mkdir(parents=True, exist_ok=True)
-    specs = {name: hf.Spec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    hf.write_tensors(directory / MOMENTS, specs, tensors.items())
+    hf.write_tensors(directory / MOMENTS, specs, tensors())
 
 
-def load_moments(directory: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that `save_moments` wrote beside a model.
 
     Raises:
@@ -53,7 +62,9 @@ def load_moments(directory: Path, *, model: nn.Module, optimizer: torch.optim.Op
             fix="set `optimizer: fresh`, or `export_optimizer: true` on the stage before",
         )
     stored = hf.open_tensors(directory / MOMENTS)
-    for name, parameter in _trained(model).items():
+    for name, parameter in spread.named().items():
+        if not parameter.requires_grad:
+            continue
         wanted = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         state: dict[str, Tensor] = {}
         for key, shape in wanted.items():
@@ -64,7 +75,8 @@ def load_moments(directory: Path, *, model: nn.Module, optimizer: torch.optim.Op
                     where=directory / MOMENTS,
                     fix="set `optimizer: fresh`",
                 )
-            state[key] = stored[full].to(parameter.device)
+            value = stored[full].to(parameter.device)
+            state[key] = value if key == "step" else lying_as(parameter, value)
         optimizer.state[parameter] = state
 
 

@@ -5,9 +5,11 @@ three matrix products in all where recomputing the logits would need four. With 
 denominator is added (PaLM: Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -96,6 +98,99 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of the head that a process has, the others being with the other processes of a group."""
+
+    group: dist.ProcessGroup
+    start: int
+    """First token of this share."""
+
+
+def sharded_linear_cross_entropy(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "share dim"],
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+    share: Share | None,
+    z_loss: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Return the loss of `linear_cross_entropy`, the same on every process of a group that shares the head.
+
+    Only three numbers a token cross the wire: its highest logit, its sum of exponentials, its target's logit. The
+    gradient of `hidden` is that of this share alone: the caller sums it over the group.
+
+    Args:
+        hidden: Last hidden states, the same on every process.
+        weight: This process's rows of the head.
+        targets: The token that follows each position.
+        weights: How much each position counts.
+        share: Which rows these are; `None` if they are all.
+        z_loss: How much large logits cost.
+    """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return _ShardedLinearCrossEntropy.apply(hidden, weight, targets, weights, share, z_loss)
+
+
+class _ShardedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        share: Share | None,
+        z_loss: float,
+    ) -> Tensor:
+        compute, wide, rows = weight.to(hidden.dtype), _wide(hidden), weight.shape[0]
+        start = 0 if share is None else share.start
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        size = max(1, CHUNK_ELEMENTS // max(1, rows))
+        if share is not None:  # every process of the group must make the same number of chunks
+            size = _smallest(size, share.group, hidden.device)
+        for first in range(0, len(hidden), size):
+            part = slice(first, first + size)
+            x, scale = hidden[part], weights[part, None].to(wide)
+            place = targets[part, None] - start
+            here = (place >= 0) & (place < rows)
+            place = place.clamp(0, rows - 1)
+            logits = (x @ compute.T).to(wide)  # (chunk, share)
+            highest = _all(logits.amax(-1, keepdim=True), share, dist.ReduceOp.MAX)
+            chosen = logits.gather(1, place) * here
+            odds = logits.sub_(highest).exp_()
+            total, chosen = _all(torch.cat([odds.sum(-1, keepdim=True), chosen], 1), share).split(1, 1)
+            log_total = highest + total.log()
+            loss += ((log_total - chosen + z_loss * log_total**2) * scale).sum()
+            of_total = scale * (1 + 2 * z_loss * log_total)  # ∂loss/∂log_total
+            grad = odds.mul_(of_total / total).scatter_add_(1, place, -scale * here).to(hidden.dtype)
+            torch.mm(grad, compute, out=grad_hidden[part])
+            grad_weight += grad.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), *(None,) * 4
+
+
+def _all(values: Tensor, share: Share | None, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    if share is not None:
+        values = values.contiguous()
+        dist.all_reduce(values, operation, group=share.group)
+    return values
+
+
+def _smallest(size: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    number = torch.tensor(size, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MIN, group=group)
+    return int(number)
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

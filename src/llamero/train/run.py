@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llamero.checkpoint.hf import Spec, write_tensors
 from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
 from llamero.engine import resume
@@ -17,9 +18,10 @@ from llamero.engine.loop import train
 from llamero.engine.stage import StageConfig
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
-from llamero.model.load import DTYPES, load_model, save_model
+from llamero.model.load import DTYPES, load_model, write_config
 from llamero.model.rope import Default
 from llamero.parallel.config import ParallelConfig
+from llamero.parallel.spread import Spread
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 from llamero.train.config import ShapeConfig
 
@@ -58,11 +60,11 @@ def run(
     """
     vocabulary = load_tokenizer(tokenizer)
     model, new = _model(start, vocabulary, seed=seed, new_rows=new_rows)
-    model.to(device(parallel))
-    if stage.sequence > model.config.max_position_embeddings:
+    config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
+    if stage.sequence > config.max_position_embeddings:
         raise LlameroError(
             f"`sequence: {stage.sequence}` is longer than the model's context of "
-            f"{model.config.max_position_embeddings} tokens",
+            f"{config.max_position_embeddings} tokens",
             where=f"stage {stage.name}",
             fix="lower `sequence`",
         )
@@ -74,22 +76,38 @@ def run(
             where=f"stage {stage.name}",
             fix="give a source `val_split`, or remove `eval_every`",
         )
-    outcome = train(model, batches, stage, out, parallel=parallel, validation=validation)
-    save_model(model, out, dtype=DTYPES[stage.export])
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, out / name)
-    resume.remove(out / "checkpoints")
+
+    def export(spread: Spread) -> None:
+        save_spread(spread, out, dtype=DTYPES[stage.export])
+        if spread.world.speaks:
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).exists():
+                    shutil.copyfile(tokenizer / name, out / name)
+            resume.remove(out / "checkpoints")
+        spread.world.barrier()
+
+    before = start if isinstance(start, Path) else None
+    outcome = train(
+        model,
+        batches,
+        stage,
+        out,
+        parallel=parallel,
+        validation=validation,
+        seed=seed,
+        start=before,
+        export=export,
+    )
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "supervised_tokens": outcome.supervised_tokens,
         "loss": outcome.loss,
         "validation_loss": outcome.validation_loss,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
         "vocabulary": {
             "tokens": len(vocabulary),
-            "rows": model.config.vocab_size,
+            "rows": config.vocab_size,
             "new": new,
             "new_rows": new_rows,
         },
@@ -97,13 +115,19 @@ def run(
     }
 
 
-def device(parallel: ParallelConfig) -> torch.device:
-    """Return the device to work on."""
-    if parallel.device.startswith("cuda") and not torch.cuda.is_available():
-        raise LlameroError("there is no CUDA device", where="parallel.device", fix="set it to `auto` or `cpu`")
-    if parallel.device != "auto":
-        return torch.device(parallel.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def save_spread(spread: Spread, directory: Path, *, dtype: torch.dtype) -> None:
+    """Write config.json and the weights of a model that is spread over processes; every one of them takes part.
+
+    The first process writes tensor by tensor, and holds one whole tensor at a time.
+    """
+    tensors = ((name, tensor.detach().to(dtype)) for name, tensor in spread.whole())
+    if not spread.world.speaks:
+        for _ in tensors:
+            raise AssertionError("only the first process gets whole tensors")
+        return
+    specs = {name: Spec(spec.shape, dtype) for name, spec in spread.specs.items()}
+    write_tensors(directory, specs, tensors)
+    write_config(spread.config, directory, dtype=dtype)
 
 
 def _batches(data: Path, split: str, stage: StageConfig, *, seed: int) -> Batches:

@@ -9,6 +9,9 @@ from llamero.engine.loop import train
 from llamero.engine.metrics import read_lines
 from llamero.engine.optimizer import adamw
 from llamero.parallel.config import ParallelConfig
+from llamero.parallel.world import World
+
+ALONE = World(ParallelConfig(device="cpu"))
 
 
 @pytest.fixture
@@ -33,10 +36,10 @@ def names(directory):
 
 def test_a_checkpoint_brings_everything_back_bit_by_bit(trained, make_model, make_stage, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=7, model=model, optimizer=optimizer)
+    resume.save(tmp_path, step=7, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     other = make_model(seed=5, tied=True)
     again = adamw(other, make_stage())
-    assert resume.load(tmp_path, model=other, optimizer=again) == 7
+    assert resume.load(tmp_path, weights=dict(other.named_parameters()), optimizer=again, world=ALONE) == 7
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), name
         assert optimizer.state[one].keys() == again.state[two].keys()
@@ -46,56 +49,56 @@ def test_a_checkpoint_brings_everything_back_bit_by_bit(trained, make_model, mak
 
 def test_without_a_checkpoint_one_starts_at_the_beginning(trained, tmp_path):
     model, optimizer = trained()
-    assert resume.load(tmp_path / "none", model=model, optimizer=optimizer) == 0
+    assert resume.load(tmp_path / "none", weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE) == 0
 
 
 def test_only_the_last_two_are_kept(trained, tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 10, 100):
-        resume.save(tmp_path, step=step, model=model, optimizer=optimizer)
+        resume.save(tmp_path, step=step, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     assert names(tmp_path) == ["step-00000010", "step-00000100"]
-    assert resume.load(tmp_path, model=model, optimizer=optimizer) == 100
+    assert resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE) == 100
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(trained, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, model=model, optimizer=optimizer)
+    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     half = tmp_path / "step-00000006.partial"
     shutil.copytree(tmp_path / "step-00000003", half)
-    assert resume.load(tmp_path, model=model, optimizer=optimizer) == 3
-    resume.save(tmp_path, step=6, model=model, optimizer=optimizer)
+    assert resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE) == 3
+    resume.save(tmp_path, step=6, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     assert names(tmp_path) == ["step-00000003", "step-00000006"]
 
 
 def test_a_renamed_checkpoint_is_refused(trained, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, model=model, optimizer=optimizer)
+    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     (tmp_path / "step-00000003").rename(tmp_path / "step-00000004")
     with pytest.raises(LlameroError, match="the checkpoint says step 3"):
-        resume.load(tmp_path, model=model, optimizer=optimizer)
+        resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
 
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, model=model, optimizer=optimizer)
-    weights = next((tmp_path / "step-00000003/weights").glob("*.safetensors"))
+    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    weights = next((tmp_path / "step-00000003").glob("*.distcp"))
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(LlameroError, match="step-00000003"):
-        resume.load(tmp_path, model=model, optimizer=optimizer)
+        resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained, make_model, make_stage, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, model=model, optimizer=optimizer)
+    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     other = make_model(tied=False)
     with pytest.raises(LlameroError, match="a model of another shape"):
-        resume.load(tmp_path, model=other, optimizer=adamw(other, make_stage()))
+        resume.load(tmp_path, weights=dict(other.named_parameters()), optimizer=adamw(other, make_stage()), world=ALONE)
 
 
 def test_removing_is_done_at_one_stroke(trained, tmp_path):
     model, optimizer = trained()
     directory = tmp_path / "checkpoints"
-    resume.save(directory, step=3, model=model, optimizer=optimizer)
+    resume.save(directory, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
     (tmp_path / "checkpoints.removed").mkdir()  # of a removal that was cut off
     resume.remove(directory)
     assert names(tmp_path) == []

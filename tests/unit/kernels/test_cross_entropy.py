@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamero.kernels import cross_entropy
-from llamero.kernels.cross_entropy import linear_cross_entropy, plain
+from llamero.kernels.cross_entropy import linear_cross_entropy, plain, sharded_linear_cross_entropy
 
 torch.set_num_threads(1)  # tiny tensors: a second thread would only be waited for
 
@@ -151,3 +151,15 @@ def test_a_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(AttributeError):
         loss.backward()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_the_loss_of_a_head_that_could_be_shared_is_that_of_the_whole(z_loss):
+    hidden = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(0, 37, (11,)), torch.rand(11, dtype=torch.float64)
+    expected = plain(hidden, weight, targets, weights, z_loss)
+    gradients = torch.autograd.grad(expected * 3, (hidden, weight))
+    loss = sharded_linear_cross_entropy(hidden, weight, targets, weights, None, z_loss)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss * 3, (hidden, weight)), gradients)

@@ -66,7 +66,7 @@ def test_an_uninterrupted_run_writes_each_step_once_and_keeps_no_checkpoints(who
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
     assert not [name for name in files if "checkpoint" in name]
     assert {"model.safetensors", "config.json", "tokenizer.json", "artifact.json"} <= files.keys()
-    assert events > 100
+    assert events > 80
 
 
 @pytest.mark.parametrize("share", range(20))

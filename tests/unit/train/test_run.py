@@ -10,9 +10,10 @@ from llamero.engine.metrics import read_lines
 from llamero.engine.stage import StageConfig
 from llamero.model.load import load_model, save_model
 from llamero.parallel.config import ParallelConfig
+from llamero.parallel.world import device
 from llamero.text.tokenizer import load_tokenizer
 from llamero.train.config import ShapeConfig
-from llamero.train.run import NewRows, device, fresh_config, grow_vocabulary, run
+from llamero.train.run import NewRows, fresh_config, grow_vocabulary, run
 
 SHAPE = {"hidden": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 24, "context": 64}
 

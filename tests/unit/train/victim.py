@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from llamero.checkpoint import hf
-from llamero.core import artifact
+from llamero.core import artifact, files
 from llamero.core.errors import LlameroError
 from llamero.core.interrupt import Interrupted
 from llamero.engine import metrics
@@ -52,6 +53,9 @@ class Events:
         self.order, self.count = order, 0
         self._watch(hf.ShardWriter, "add")
         self._watch(metrics.Metrics, "write")
+        self._watch(files, "sha256")
+        for name in ("prepare_local_plan", "write_data", "finish"):
+            self._watch(FileSystemWriter, name)
         os.fsync = lambda handle: None  # slow, and without meaning for a kill
         for name in ("fsync", "unlink", "rmdir", "rename", "replace"):
             self._watch(os, name)

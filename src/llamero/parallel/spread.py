@@ -1,0 +1,285 @@
+"""A model over the processes of a run: its passes, its gradients, and its whole tensors again.
+
+Pipeline schedules: GPipe (Huang et al. 2019, arXiv:1811.06965), 1F1B and interleaved (Narayanan et al. 2021,
+arXiv:2104.04473), zero-bubble (Qi et al. 2023, arXiv:2401.10241), all by `torch.distributed.pipelining`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+from llamero.checkpoint.hf import Spec
+from llamero.model.llama import Llama
+from llamero.parallel.mesh import layers_of, refuse_impossible
+from llamero.parallel.part import Micro, Part
+from llamero.parallel.shard import shard
+from llamero.parallel.world import World, local
+
+SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+SEVERAL = {"interleaved": ScheduleInterleaved1F1B, "zero-bubble": ScheduleInterleavedZeroBubble}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often and how large a step goes through the model on one process."""
+
+    count: int
+    """Micro-batches."""
+    rows: int
+    """Packed rows of each, at most."""
+    tokens: int
+    """Tokens of a packed row, at most."""
+
+
+class Spread:
+    """A model over the processes of a run; over one, it is the model itself.
+
+    Args:
+        model: Whole, with the same weights on every process; its modules are taken over.
+        world: The processes.
+        batch: Rows of a step.
+        sequence: Tokens of a row.
+        autocast: Precision of products; `None` is that of the weights.
+
+    Raises:
+        LlameroError: If the model or the batch does not fit the layout.
+    """
+
+    def __init__(
+        self, model: Llama, world: World, *, batch: int, sequence: int, autocast: torch.dtype | None = None
+    ) -> None:
+        parallel = world.parallel
+        refuse_impossible(parallel, model.config, batch=batch)
+        self.config, self.world = model.config, world
+        self.specs = {name: Spec(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        """Every parameter of the whole model."""
+        self.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        """Those that are not frozen."""
+        self.passes = Passes(*parallel.share(batch), sequence)
+        pieces, layers = parallel.pieces, model.config.num_layers
+        self._mine = range(world.along("pipeline"), pieces, parallel.pipeline)
+        self._owner = {
+            name: self._pipeline_rank(name, [layers_of(piece, pieces=pieces, layers=layers) for piece in range(pieces)])
+            for name in self.specs
+        }
+        self.parts = [Part(model, layers_of(n, pieces=pieces, layers=layers), autocast=autocast) for n in self._mine]
+        for part in self.parts:
+            part.to(world.device)
+            shard(part, world)
+        self.module = nn.ModuleList(self.parts)
+        self._schedule = self._pipeline() if pieces > 1 else None
+        self._total = 1.0
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of this process under their names in the whole model."""
+        return {name: parameter for part in self.parts for name, parameter in part.named().items()}
+
+    # -- passes
+
+    def losses(
+        self, micros: Sequence[Micro], *, total: float = 1.0, z_loss: float = 0.0, backward: bool = True
+    ) -> float:
+        """Return Σ weight·nll / total of this process's micro-batches, or 0 where the last layers are another's.
+
+        Args:
+            micros: As many on every process.
+            total: Weight of the whole step.
+            z_loss: How much large logits cost.
+            backward: Whether to add the gradients to `.grad`.
+        """
+        ready = [self._even(micro).to(self.world.device) for micro in micros]
+        for part in self.parts:
+            part.micros, part.z_loss = ready, z_loss
+        with torch.set_grad_enabled(backward):
+            if self._schedule is not None:
+                loss = self._scheduled(total, backward=backward)
+            else:
+                loss = self._direct(len(ready), total, backward=backward)
+        for part in self.parts:
+            if isinstance(part, FSDPModule):
+                part.reshard()  # a forward pass alone leaves the outermost weights whole
+        return loss
+
+    def _direct(self, count: int, total: float, *, backward: bool) -> float:
+        (part,) = self.parts
+        loss = 0.0
+        for number in range(count):
+            share = part(None, number).sum() / total
+            if backward:
+                share.backward()
+            loss += share.item()
+        return loss
+
+    def _scheduled(self, total: float, *, backward: bool) -> float:
+        assert self._schedule is not None
+        self._total = total
+        numbers = torch.arange(self.passes.count)
+        heads, tails = (any(getattr(part, end) for part in self.parts) for end in ("first", "last"))
+        said: list[Tensor] = []
+        keys: dict[str, Any] = {"target": numbers} if tails else {}
+        run = self._schedule.step if backward else self._schedule.eval
+        run(*((numbers,) if heads else ()), losses=said if tails else None, number=numbers, **keys)
+        return float(sum(loss.item() for loss in said))
+
+    def _even(self, micro: Micro) -> Micro:
+        """Pad a micro-batch: pipelines send tensors of one shape, and the tensor axis shares tokens evenly."""
+        if self._pieces > 1:
+            return micro.padded(self._tokens)
+        size = self.world.parallel.tensor
+        return micro.padded(-(-len(micro.ids) // size) * size)
+
+    @property
+    def _pieces(self) -> int:
+        return self.world.parallel.pieces
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of every micro-batch in a pipeline."""
+        size = self.world.parallel.tensor
+        return -(-self.passes.rows * self.passes.tokens // size) * size
+
+    def _pipeline(self) -> Any:
+        parallel, world = self.world.parallel, self.world
+        assert world.mesh is not None
+        tokens = self._tokens // (parallel.tensor if parallel.sequence_parallel else 1)
+        residual = torch.empty(tokens, self.config.hidden_size, device="meta").requires_grad_()
+        number = torch.empty(1, dtype=torch.int64, device="meta")
+        stages = []
+        for place, part in zip(self._mine, self.parts, strict=True):
+            out = torch.empty(1, device="meta").requires_grad_() if part.last else residual
+            stages.append(
+                PipelineStage(
+                    part,
+                    place,
+                    parallel.pieces,
+                    world.device,
+                    input_args=(number if part.first else residual,),
+                    output_args=(out,),
+                    group=world.mesh["pipeline"].get_group(),
+                )
+            )
+        keys: dict[str, Any] = {
+            "n_microbatches": self.passes.count,
+            "loss_fn": lambda output, target: output.sum() / self._total,
+            "scale_grads": False,
+        }
+        if parallel.schedule in SINGLE:
+            return SINGLE[parallel.schedule](stages[0], **keys)
+        return SEVERAL[parallel.schedule](stages, **keys)
+
+    # -- gradients
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients down to a norm of `limit` over all processes and return the norm that they had."""
+        by_copies: dict[int, list[Tensor]] = {}
+        for parameter in self.named().values():
+            if parameter.grad is not None:
+                grad = parameter.grad = _summed(parameter)
+                by_copies.setdefault(_copies(grad), []).append(local(grad))
+        squares = sum(float(torch.nn.utils.get_total_norm(grads)) ** 2 / copies for copies, grads in by_copies.items())
+        norm = math.sqrt(self.world.sum([squares])[0])
+        total = torch.tensor(norm, dtype=torch.float32)
+        scale = torch.clamp(limit / (total + 1e-6), max=1.0)
+        for grads in by_copies.values():
+            for grad in grads:
+                grad.mul_(scale.to(grad.device))
+        return norm
+
+    # -- whole tensors
+
+    def whole(
+        self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter, *, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter whole, one at a time, on the first process; the others take part and get nothing.
+
+        Args:
+            of: What is wanted of each, such as the optimizer's moments: of its shape, or one number.
+            trained: Leave out frozen parameters.
+        """
+        named, world = self.named(), self.world
+        here = world.along("pipeline")
+        for name in self.specs:
+            if trained and name not in self.trained:
+                continue
+            owner = self._owner[name]
+            value: Tensor | None = None
+            if owner == here:
+                mine = of(named[name]).detach()
+                value = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            if owner != 0 and self._sends(owner):
+                value = self._sent(value, owner)
+            if world.speaks:
+                assert value is not None
+                yield name, value
+
+    def _sends(self, owner: int) -> bool:
+        """Return whether this process is the first of the owner's, or the first of all."""
+        return self.world.rank in (0, self._first_of(owner))
+
+    def _first_of(self, pipeline: int) -> int:
+        assert self.world.mesh is not None
+        return int(self.world.mesh.mesh[pipeline].flatten()[0])
+
+    def _sent(self, value: Tensor | None, owner: int) -> Tensor | None:
+        """Bring a tensor to the first process."""
+        source = self._first_of(owner)
+        if self.world.speaks:
+            about: list[Any] = [None]
+            dist.recv_object_list(about, src=source)
+            value = torch.empty(about[0][0], dtype=about[0][1])
+            dist.recv(value, src=source)
+            return value
+        assert value is not None
+        dist.send_object_list([(tuple(value.shape), value.dtype)], dst=0)
+        dist.send(value.cpu().contiguous(), dst=0)
+        return None
+
+    def _pipeline_rank(self, name: str, pieces: list[range]) -> int:
+        """Return which place on the pipeline axis has a parameter."""
+        kind, *rest = name.removeprefix("model.").split(".")
+        if kind == "embed_tokens":
+            piece = 0
+        elif kind == "layers":
+            piece = next(number for number, layers in enumerate(pieces) if int(rest[0]) in layers)
+        else:
+            piece = len(pieces) - 1
+        return piece % self.world.parallel.pipeline
+
+
+def lying_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """Return of a whole tensor what a process holds of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _summed(parameter: nn.Parameter) -> Tensor:
+    """Return a gradient that lies as its parameter does; sums that are still to be made are made."""
+    grad = parameter.grad
+    assert grad is not None
+    if isinstance(grad, DTensor) and any(isinstance(place, Partial) for place in grad.placements):
+        assert isinstance(parameter, DTensor)
+        return grad.redistribute(placements=parameter.placements)
+    return grad
+
+
+def _copies(tensor: Tensor) -> int:
+    """Return how many processes hold the same values of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for place, size in sizes if isinstance(place, Replicate))

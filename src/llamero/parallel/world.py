@@ -1,0 +1,233 @@
+"""The processes of a run: who is there, what they agree on, and who is missed when one falls silent."""
+
+import atexit
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
+
+from llamero.core import world as environment
+from llamero.core.errors import LlameroError
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.mesh import device_mesh
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class World:
+    """All processes of a run, seen from one of them; of one process, where it is alone.
+
+    Args:
+        parallel: Their layout.
+
+    Raises:
+        LlameroError: If there are not as many processes as the layout has devices.
+    """
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        self.parallel = parallel
+        self.device = device(parallel)
+        self.rank, self.size = environment.rank(), environment.size()
+        environment.refuse_other_size(parallel.gpus)
+        self.mesh: DeviceMesh | None = None
+        if self.size > 1:
+            _join(parallel, self.device)
+            self.mesh = device_mesh(parallel, self.device.type)
+
+    def along(self, axis: str) -> int:
+        """Return this process's place on an axis of the mesh."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+
+    @property
+    def data_rank(self) -> int:
+        """Return which share of the rows is this process's."""
+        return self.along("replicate") * self.parallel.sharded + self.along("shard")
+
+    @property
+    def speaks(self) -> bool:
+        """Return whether this process writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return sums over all processes, in float64; the same bits on each."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        with _meeting():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether it is so on any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return what every process has to say."""
+        if self.size == 1:
+            return [value]
+        said: list[T | None] = [None] * self.size
+        with _meeting():
+            dist.all_gather_object(said, value)
+        return said  # type: ignore[return-value]
+
+    def told(self, value: T) -> T:
+        """Return the first process's value."""
+        return self.gather(value if self.speaks else None)[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        self.sum([])
+
+    def beat(self, step: int) -> None:
+        """Tell the others how far this process is."""
+        if _watch is not None:
+            _watch.step = step
+
+    @contextmanager
+    def missing_named(self) -> Iterator[None]:
+        """Turn what goes wrong because a process is gone into an error that names it; everything else passes."""
+        try:
+            yield
+        except RuntimeError as error:  # what gloo and NCCL raise
+            gone = [] if _watch is None else _watch.silent()
+            if not gone:
+                raise
+            who = ", ".join(f"rank {rank} (host {host}, last at step {step})" for rank, host, step in gone)
+            raise LlameroError(
+                f"{who} is gone: {str(error).partition(chr(10))[0]}",
+                where="parallel",
+                fix="see what it said last; the same command goes on from the last checkpoint",
+            ) from error
+
+
+def device(parallel: ParallelConfig) -> torch.device:
+    """Return the device to work on."""
+    if parallel.device.startswith("cuda") and not torch.cuda.is_available():
+        raise LlameroError("there is no CUDA device", where="parallel.device", fix="set it to `auto` or `cpu`")
+    if parallel.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if environment.size() > 1:
+        return torch.device("cuda", environment.local_rank())
+    return torch.device("cuda" if parallel.device == "auto" else parallel.device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _join(parallel: ParallelConfig, where: torch.device) -> None:
+    """Meet the other processes, once in a run."""
+    global _watch
+    if dist.is_initialized():
+        return
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=parallel.timeout)))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=2 * parallel.timeout)  # the watch speaks first
+    meeting = PrefixStore("group", store)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
+    _watch = _Watch(PrefixStore("watch", store), rank, size, parallel.timeout)
+    _watch.start()
+    atexit.register(_watch.leave)
+
+
+class _Watch(threading.Thread):
+    """Tells the others that this process lives, and ends it with a name when another keeps it waiting too long.
+
+    A collective that waits for a dead process cannot be broken off, so this thread ends the process.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: int) -> None:
+        super().__init__(daemon=True)
+        self.step = self.meetings = 0
+        self.waiting_since: float | None = None
+        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._left = threading.Event()
+        self._pause = min(5.0, timeout / 10)
+        store.set(f"host{rank}", socket.gethostname())
+        store.set(f"beat{rank}", "0 0 0")
+
+    def run(self) -> None:
+        """Look around until the process ends."""
+        count = 0
+        try:
+            while not self._left.wait(self._pause):
+                count += 1
+                self._look_around(count)
+        except dist.DistError as error:
+            log.warning("rank 0, which holds the store, is gone: %s", str(error).partition("\n")[0])
+
+    def _look_around(self, count: int) -> None:
+        self._store.set(f"beat{self._rank}", f"{count} {self.meetings} {self.step}")
+        for other in range(self._size):
+            if other != self._rank:
+                self._look(other)
+
+    def leave(self) -> None:
+        """Tell the others that this process ends as it should."""
+        self._left.set()
+        self._store.set(f"beat{self._rank}", "left")
+
+    def silent(self) -> list[tuple[int, str, str]]:
+        """Return rank, host and last step of those that say nothing for a while."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        try:
+            said = {rank: self._said(rank) for rank in others}
+            time.sleep(3 * self._pause)
+            quiet = [rank for rank in others if said[rank] == self._said(rank) not in ("", "left")]
+            return [(rank, self._store.get(f"host{rank}").decode(), said[rank].split()[2]) for rank in quiet]
+        except dist.DistError:
+            return [(0, os.environ.get("MASTER_ADDR", "unknown"), str(self.step))]  # it held the store
+
+    def _said(self, rank: int) -> str:
+        key = f"beat{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _look(self, other: int) -> None:
+        said, now = self._said(other), time.monotonic()
+        before, since = self._seen.get(other, ("", now))
+        if said != before or said in ("", "left"):
+            self._seen[other] = said, now
+        elif now - since > self._timeout:
+            self._end(other, f"has been silent for {now - since:.0f} s, since step {said.split()[2]}")
+        waiting = self.waiting_since
+        if waiting is not None and now - waiting > self._timeout and said not in ("", "left"):
+            _, meetings, step = said.split()
+            if int(meetings) < self.meetings:
+                self._end(other, f"keeps the others waiting for {now - waiting:.0f} s, at step {step}")
+
+    def _end(self, other: int, problem: str) -> None:
+        host = self._store.get(f"host{other}").decode()
+        log.error("rank %d (host %s) %s; rank %d ends", other, host, problem, self._rank)
+        os._exit(70)
+
+
+_watch: _Watch | None = None
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Note that this process waits for the others."""
+    assert _watch is not None
+    _watch.meetings += 1
+    _watch.waiting_since = time.monotonic()
+    yield
+    _watch.waiting_since = None

@@ -1,0 +1,73 @@
+"""Twelve layouts on two, four and eight processes: losses, gradient norms and weights are those of one process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _load():
+    path = Path(__file__).parents[1] / "unit" / "parallel" / "layouts.py"
+    spec = importlib.util.spec_from_file_location("layouts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["layouts"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+layouts = _load()
+
+LAYOUTS = {
+    2: {
+        "fsdp in micro-batches": {"micro_batch": 1},
+        "tensor, recomputed": {"tensor": 2, "recompute": "selective"},
+        "fsdp, compiled": {"compile": True},
+        "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
+    },
+    4: {
+        "fsdp": {},
+        "hsdp": {"replicate": 2},
+        "replicate": {"replicate": 4},
+        "fsdp × tensor": {"tensor": 2, "recompute": "full"},
+        "pipeline × tensor": {"pipeline": 2, "tensor": 2, "schedule": "gpipe"},
+        "pipeline × fsdp": {"pipeline": 2, "schedule": "1f1b", "recompute": "full"},
+        "pipeline × fsdp, interleaved": {"pipeline": 2, "schedule": "interleaved"},
+        "pipeline of four": {"pipeline": 4, "micro_batch": 2},
+    },
+    8: {
+        "pipeline × fsdp × tensor": {"pipeline": 2, "tensor": 2},
+        "hsdp × tensor": {"replicate": 2, "tensor": 2},
+    },
+}
+CASES = [(processes, name) for processes, found in LAYOUTS.items() for name in found]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    where = tmp_path_factory.mktemp("alone")
+    return layouts.run([{"name": "alone"}], processes=1, where=where)["alone"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return what came of a layout; those of as many processes run in one go."""
+    found = {}
+
+    def get(processes, name):
+        if processes not in found:
+            orders = [{"name": key, "parallel": value} for key, value in LAYOUTS[processes].items()]
+            where = tmp_path_factory.mktemp("layouts")
+            found[processes] = layouts.run(orders, processes=processes, where=where)
+        return found[processes][name]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "name"), CASES)
+def test_a_layout_gives_what_one_process_gives(results, expected, processes, name):
+    found = layouts.differences(results(processes, name), expected)
+    assert max(found.values()) < 1e-5, found

@@ -1,0 +1,111 @@
+"""Checkpoints of several processes: exact in the same layout, readable in any other, whole or not there."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("layouts", Path(__file__).parent / "layouts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["layouts"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+layouts = _load()
+STAGE = {"steps": 6, "save_every": 2, "warmup": 2}
+
+
+def order(name, directory=None, **keys):
+    about = {"name": name, "stage": STAGE, **keys}
+    return about if directory is None else about | {"directory": str(directory)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """The run that nothing happens to, on one process."""
+    return layouts.run([order("whole")], processes=1, where=root / "one")["whole"]
+
+
+def cut(where, directory, *, processes, number, parallel=None, rank=1, step=5):
+    """Start a run of which one process is hit by a signal; return how they ended."""
+    stop = {"rank": rank, "signal": int(number), "step": step}
+    keys = {"parallel": {"timeout": 5} | (parallel or {}), "stop": stop}
+    running = layouts.start([order("cut", directory, **keys)], processes=processes, where=where)
+    return layouts.end(running)
+
+
+def decided(result):
+    return [{key: line[key] for key in line if key != "tokens_per_second"} for line in result.lines]
+
+
+def assert_same_bits(one, other):
+    assert decided(one) == decided(other)
+    for name, value in one.weights.items():
+        assert torch.equal(value, other.weights[name]), name
+
+
+def kept(directory):
+    return sorted(path.name for path in (directory / "checkpoints").iterdir() if not path.name.endswith(".partial"))
+
+
+def test_killed_on_one_process_a_run_ends_in_the_same_bits_and_the_dead_one_is_named(root):
+    ended = cut(root / "kill", root / "killed", processes=2, number=signal.SIGKILL)
+    assert ended[1][0] == -signal.SIGKILL
+    assert ended[0][0] in (2, 70), ended[0][1]
+    assert "rank 1 (host" in ended[0][1]
+    assert kept(root / "killed") == ["step-00000002", "step-00000004"]
+    said = layouts.run([order("again", root / "killed"), order("calm")], processes=2, where=root / "kill")
+    assert_same_bits(said["again"], said["calm"])
+
+
+def test_asked_to_stop_on_one_process_all_save_the_same_step(root, whole):
+    stopped = root / "stopped"
+    ended = cut(root / "stop", stopped, processes=2, number=signal.SIGTERM, parallel={"tensor": 2}, step=3)
+    assert [code for code, _ in ended] == [130, 130]
+    assert all("saved after step 3 of 6" in said for _, said in ended)
+    assert kept(stopped)[-1] == "step-00000003"
+    resumed = layouts.run([order("again", stopped)], processes=1, where=root / "alone")["again"]
+    assert max(layouts.differences(resumed, whole).values()) < 1e-5
+
+
+def test_four_processes_then_two_then_one_go_on_from_each_other(root, whole):
+    shared = root / "shared"
+    four = {"pipeline": 2, "tensor": 2}
+    ended = cut(root / "four", shared, processes=4, number=signal.SIGTERM, parallel=four, rank=1, step=8)
+    assert {code for code, _ in ended} == {130}
+    first = json.loads((shared / "checkpoints" / kept(shared)[-1] / "state.json").read_text())["step"]
+    ended = cut(root / "two", shared, processes=2, number=signal.SIGTERM, rank=0, step=2)
+    assert {code for code, _ in ended} == {130}
+    assert kept(shared)[-1] == f"step-{first + 2:08}"
+    last = layouts.run([order("last", shared)], processes=1, where=root / "last")["last"]
+    assert [line["step"] for line in last.lines] == [1, 2, 3, 4, 5, 6]
+    assert max(layouts.differences(last, whole).values()) < 1e-5
+
+
+def test_a_damaged_file_is_named_on_every_process(root):
+    stopped = root / "damaged"
+    cut(root / "damage", stopped, processes=2, number=signal.SIGTERM, step=1)
+    last = stopped / "checkpoints" / kept(stopped)[-1]
+    file = last / "__1_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    ended = layouts.end(layouts.start([order("again", stopped)], processes=2, where=root / "damage"))
+    assert [code for code, _ in ended] == [2, 2]
+    assert all("__1_0.distcp: not what was written" in said for _, said in ended)
+    shutil.rmtree(last)

@@ -1,0 +1,91 @@
+"""A few layouts on two and four processes; tests/e2e/test_layouts.py has the others."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+TOLERANCE = 1e-5
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("layouts", Path(__file__).parent / "layouts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["layouts"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+layouts = _load()
+
+TWO = {
+    "fsdp": {},
+    "replicate": {"replicate": 2, "micro_batch": 3},
+    "tensor": {"tensor": 2},
+    "tensor-whole-sequence": {"tensor": 2, "sequence_parallel": False},
+    "pipeline-1f1b": {"pipeline": 2},
+    "pipeline-gpipe": {"pipeline": 2, "schedule": "gpipe"},
+    "pipeline-interleaved": {"pipeline": 2, "schedule": "interleaved"},
+    "pipeline-zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
+    "fsdp-recompute": {"recompute": "full", "offload": True},
+    "fsdp-selective": {"recompute": "selective"},
+}
+FOUR = {
+    "fsdp-tensor": {"tensor": 2},
+    "pipeline-tensor": {"pipeline": 2, "tensor": 2},
+    "pipeline-fsdp": {"pipeline": 2, "micro_batch": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    where = tmp_path_factory.mktemp("alone")
+    orders = [{"name": "alone"}, {"name": "tied", "shape": {"tied": True}}]
+    return layouts.run([*orders, SHORT], processes=1, where=where)
+
+
+SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7, "dropout": {"hidden": 0.2}}}
+"""The last step has fewer rows than there are processes."""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    orders = [{"name": name, "parallel": parallel} for name, parallel in TWO.items()]
+    orders.append({"name": "tied", "shape": {"tied": True}, "parallel": {"tensor": 2}})
+    orders.append({"name": "tied-fsdp", "shape": {"tied": True}})
+    return layouts.run([*orders, SHORT], processes=2, where=tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    orders = [{"name": name, "parallel": parallel} for name, parallel in FOUR.items()]
+    return layouts.run([*orders, SHORT], processes=4, where=tmp_path_factory.mktemp("four"))
+
+
+def assert_same(result, expected):
+    found = layouts.differences(result, expected)
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_layout_of_two_processes_gives_what_one_process_gives(two, expected, name):
+    assert_same(two[name], expected["alone"])
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_a_layout_of_four_processes_gives_what_one_process_gives(four, expected, name):
+    assert_same(four[name], expected["alone"])
+
+
+@pytest.mark.parametrize("name", ["tied", "tied-fsdp"])
+def test_a_tied_head_is_spread_with_its_embedding(two, expected, name):
+    assert_same(two[name], expected["tied"])
+
+
+def test_a_last_step_with_too_few_rows_for_all_is_the_same(two, four, expected):
+    assert len(expected["epochs"].lines) > 3
+    assert_same(two["epochs"], expected["epochs"])
+    assert_same(four["epochs"], expected["epochs"])
