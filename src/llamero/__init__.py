@@ -26,7 +26,7 @@ def load_model(
     """Return a model as a torch module: int64 ids [batch, time] → logits [batch, time, vocabulary].
 
     Args:
-        path: Hugging Face model directory (plain or GPTQ), or `owner/name[:revision]` of the hub.
+        path: Hugging Face model directory (plain, GPTQ, PEFT's of an adapter), or `owner/name[:revision]` of the hub.
         dtype: Dtype of weights and products; that of the files by default.
         device: Where to put it.
 
@@ -48,7 +48,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from llamero.core.download import resolve_model
     from llamero.text.tokenizer import load_tokenizer as load
 
-    return load(Path(path) if Path(path).is_file() else resolve_model(path))
+    if Path(path).is_file():
+        return load(Path(path))
+    directory = resolve_model(path)
+    if (directory / "adapter_config.json").exists() and not any(directory.glob("tokenizer*")):
+        from llamero.model.adapter_files import base_of
+
+        directory = base_of(directory)
+    return load(directory)
 
 
 def render(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llamero.quantize import gptq, rtn
+from llamero.model import rtn
+from llamero.quantize import gptq
 
 DAMP = 0.01
 

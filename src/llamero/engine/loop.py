@@ -74,7 +74,7 @@ def train(  # noqa: PLR0913  (all that a stage is)
     if problem := stage.too_long(batches.steps):
         raise LlameroError(problem, where=f"stage {stage.name}", fix="lower it, or train longer")
     world = World(parallel)
-    precision = _autocast(stage, world.device)
+    precision = autocast(stage, world.device)
     spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
     optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
@@ -124,7 +124,7 @@ def _metrics(directory: Path, first: int, world: World) -> AbstractContextManage
     return Metrics(directory / "metrics.jsonl", step=first) if world.speaks else nullcontext(_Silent())
 
 
-def _autocast(stage: StageConfig, device: torch.device) -> torch.dtype | None:
+def autocast(stage: StageConfig, device: torch.device) -> torch.dtype | None:
     """Return the precision of products, or nothing where it is that of the weights."""
     wanted = stage.precision
     if wanted == "float32" or (wanted == "auto" and device.type == "cpu"):

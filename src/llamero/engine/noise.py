@@ -17,6 +17,7 @@ def rates(stage: StageConfig) -> Rates:
         attention=dropout.attention,
         embedding=embedding if dropout.embedding is None else dropout.embedding,
         neftune=stage.neftune,
+        adapter=0.0 if stage.adapter is None else stage.adapter.dropout,
     )
 
 

@@ -17,7 +17,7 @@ MOMENTS = "optimizer"
 
 def adamw(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     """Return the optimizer of a stage; matrices decay, norms and biases (and embeddings, where asked) do not."""
-    parameters = _trained(model)
+    parameters = trained(model)
     spared = {
         name
         for name, parameter in parameters.items()
@@ -80,5 +80,6 @@ def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
         optimizer.state[parameter] = state
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name: all of them, or the adapter's."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -103,9 +103,10 @@ def remove(directory: Path) -> None:
 
 
 def _state(weights: Weights, moment: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Any]:
-    """Return all tensors of a checkpoint under their names in it."""
-    state: dict[str, Any] = {name: parameter.detach() for name, parameter in weights.items()}
-    for name, parameter in ((n, p) for n, p in weights.items() if p.requires_grad):
+    """Return all tensors of a checkpoint under their names in it; what is frozen is where the training started."""
+    trained = {name: parameter for name, parameter in weights.items() if parameter.requires_grad}
+    state: dict[str, Any] = {name: parameter.detach() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
         state |= {f"optimizer.{name}.{key}": moment(parameter, key) for key in MOMENTS}
     return state
 

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from llamero.core.config import Strict
+from llamero.model.adapter_config import AdapterConfig
 
 Overlong = Literal["error", "drop", "truncate", "split"]
 
@@ -61,6 +62,9 @@ class StageConfig(Strict):
     """Weights of the loss by speaker, for `sft`."""
     init_from: str | None = None
     """Stage to start from; the one before by default, the base for the first."""
+    adapter: AdapterConfig | None = None
+    """Train a low-rank update (LoRA, QLoRA) and not the weights. The stage's model is the merged one, the adapter
+    stands beside it in `adapter/`."""
 
     sequence: int = Field(default=4096, ge=8)
     """Tokens of a packed row."""

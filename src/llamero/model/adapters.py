@@ -5,9 +5,9 @@ layers. The adapter of a model is what requires a gradient, no more and no less;
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from llamero.checkpoint import peft
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.model.adapter_config import AdapterConfig
+from llamero.model.dropout import SILENT, Drop, LayerNoise, drop
 from llamero.model.linear import PackedLinear, linear
 from llamero.model.llama import Llama
 
 Linear = nn.Linear | PackedLinear
-Dropout = Callable[[Tensor], Tensor]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -43,8 +43,10 @@ class LoraLinear(nn.Module):
         wide = torch.promote_types(at.dtype, torch.float32) if at.is_floating_point() else torch.float32
         self.lora_A = linear(base.in_features, rank, bias=False).to(device=at.device, dtype=wide)
         self.lora_B = linear(rank, base.out_features, bias=False).to(device=at.device, dtype=wide)
-        self.drop: Dropout | None = None
-        """Applied to the input of the update while training."""
+        self.dropped: Drop | None = None
+        """What is dropped from the update's input in this forward pass."""
+        self.first_channel = 0
+        """Number of its first input channel here among those of all the updates of a decoder layer."""
 
     def initialize(self, *, seed: int, name: str, gaussian: bool) -> None:
         """Draw the first factor, by the layer's name so that every layout draws the same; the second is zero."""
@@ -63,8 +65,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
         """Apply the layer and its update."""
         y = self.base(x)
-        if self.drop is not None and self.training:
-            x = self.drop(x)
+        x = drop(x, self.dropped, first_channel=self.first_channel)
         if not torch.is_autocast_enabled(x.device.type):  # which chooses the precision itself
             x = x.to(self.lora_A.weight.dtype)
         return y + self.lora_B(self.lora_A(x) * self.scale).to(y.dtype)
@@ -81,7 +82,6 @@ def attach(
     *,
     seed: int,
     grown: bool = False,
-    dropout: Callable[[str], Dropout] | None = None,
 ) -> list[nn.Parameter]:
     """Freeze a model, put an adapter beside its layers, and return the adapter's parameters.
 
@@ -93,13 +93,10 @@ def attach(
         config: Which layers, and how.
         seed: Decides the first factors.
         grown: Whether the model has rows for tokens that the base does not know.
-        dropout: Makes the dropout of each layer, by its name; needed where `config.dropout` is not 0.
 
     Raises:
         LlameroError: A name is unknown, the rank is larger than a layer, or new tokens would not be in the adapter.
     """
-    if config.dropout and dropout is None:
-        raise LlameroError(f"`dropout: {config.dropout}` has nothing that draws it", where="adapter")
     targets = _targets(model, config)
     _refuse_rank(model, config.lora, targets)
     saved = (("embed_tokens", "lm_head") if grown else ()) if config.modules_to_save is None else config.modules_to_save
@@ -115,9 +112,22 @@ def attach(
     for parameter in trained:  # what is trained is float32 under a base of any precision
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     for name, layer in updates(model).items():
-        layer.drop = None if dropout is None or not config.dropout else dropout(name)
         layer.initialize(seed=seed, name=name, gaussian=config.init == "gaussian")
+    if config.dropout:
+        for block in model.model.layers:
+            block.register_forward_pre_hook(_hand_over, with_kwargs=True)
     return trained
+
+
+CHANNELS = 1 << 20
+"""More input channels than any layer has: updates that have the same input drop different parts of it."""
+
+
+def _hand_over(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let the updates of a decoder layer know what is dropped; again when its activations are recomputed."""
+    noise = next((value for value in (*args, *kwargs.values()) if isinstance(value, LayerNoise)), SILENT)
+    for number, layer in enumerate(updates(block).values()):
+        layer.dropped, layer.first_channel = noise.adapter, number * CHANNELS
 
 
 def linears(model: Llama) -> dict[str, Linear]:

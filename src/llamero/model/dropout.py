@@ -35,6 +35,8 @@ class Site(IntEnum):
     """Embeddings that are dropped."""
     NEFTUNE = 4
     """Embeddings that are made noisy."""
+    ADAPTER = 5
+    """Inputs of low-rank updates."""
 
 
 class Rates(NamedTuple):
@@ -50,6 +52,8 @@ class Rates(NamedTuple):
     """Dropout of embeddings."""
     neftune: float = 0.0
     """α of NEFTune."""
+    adapter: float = 0.0
+    """Dropout of the inputs of low-rank updates."""
 
     def hidden_of(self, layer: int, layers: int) -> float:
         """Return the hidden dropout of a layer, by its number in the whole model; a single layer is the last."""
@@ -78,6 +82,8 @@ class LayerNoise(NamedTuple):
     """On the output of the MLP."""
     probabilities: Drop | None = None
     """On attention probabilities."""
+    adapter: Drop | None = None
+    """On the inputs of low-rank updates, which are told apart by their first channel."""
 
 
 SILENT = LayerNoise()
@@ -113,7 +119,7 @@ class Noise:
 
     def of_layer(self, layer: int) -> LayerNoise:
         """Return the noise of a layer, by its number in the whole model."""
-        attention = mlp = probabilities = None
+        attention = mlp = probabilities = adapter = None
         if self.rates.hidden_of(layer, self.layers):
             threshold, scale = (values[layer] for values in self._drops)
             keys = self._here(self.keys)
@@ -122,7 +128,9 @@ class Noise:
         if p := self.rates.attention:
             keys = site_keys(self.keys, layer, Site.PROBABILITIES)
             probabilities = Drop(keys, _threshold(p), 1 / (1 - p), self.first_head)
-        return LayerNoise(attention, mlp, probabilities)
+        if p := self.rates.adapter:
+            adapter = Drop(site_keys(self.keys, layer, Site.ADAPTER), _threshold(p), 1 / (1 - p))
+        return LayerNoise(attention, mlp, probabilities, adapter)
 
     def on_embeddings(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
         """Return embeddings (of `rows`) with noise added and some of them dropped."""

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llamero.checkpoint import hf, packed
+from llamero.checkpoint import hf, packed, peft
 from llamero.core import progress
 from llamero.core.errors import LlameroError
+from llamero.model.adapter_files import base_of, load_adapter
+from llamero.model.adapters import LoraLinear
 from llamero.model.config import LlamaConfig, from_hf
-from llamero.model.linear import LAYERS
+from llamero.model.linear import LAYERS, PackedLinear, encode
 from llamero.model.llama import Block, Llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -22,22 +24,34 @@ def load_config(directory: Path) -> LlamaConfig:
     return from_hf(hf.read_config(directory), where=str(directory / "config.json"))
 
 
-def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    pack: str | None = None,
+) -> Llama:
     """Return the model of a directory, in evaluation mode, tensor by tensor (peak = model + one tensor).
 
-    The linear layers of a GPTQ directory stay packed and compute in the dtype of what comes in.
+    The linear layers of a GPTQ directory stay packed and compute in the dtype of what comes in. The directory of an
+    adapter is its base with the adapter attached.
 
     Args:
         directory: A Hugging Face model directory, quantized (GPTQ) or not.
         dtype: Dtype of the weights and, where those are packed, of the computation; `None` keeps that of the files.
         device: Where to put it.
+        pack: Form to encode the linear layers of decoder blocks in as they come (`linear.encode`).
     """
+    if peft.is_adapter(directory):
+        model = load_model(base_of(directory), dtype=dtype, device=device, pack=pack)
+        load_adapter(model, directory)
+        return model.eval()
     model = empty_model(load_config(directory))
     layout = packed.read_format(directory)
     tensors = hf.open_tensors(directory)
     if layout is not None:
         _make_room_for_codes(model, tensors, layout)
-    fill(model, tensors, dtype=dtype, device=device)
+    fill(model, tensors, dtype=dtype, device=device, pack=pack)
     _check_codes(model, tensors)
     return model.eval()
 
@@ -84,12 +98,28 @@ def _check_codes(model: Llama, tensors: hf.Tensors) -> None:
                 raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.codes}"])
 
 
-def fill(model: Llama, tensors: hf.Tensors, *, dtype: torch.dtype | None, device: str | torch.device) -> None:
+def fill(
+    model: Llama,
+    tensors: hf.Tensors,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    pack: str | None = None,
+) -> None:
     """Give every parameter of a meta-device model its tensor; nothing may be missing or left over."""
     stored = stored_names(model, tensors)
     for name, source in progress.track(sorted(stored.items()), "load", unit="tensors"):
         _put(model, name, tensors, source, dtype=dtype, device=device)
+        if pack is not None and name.startswith("model.layers."):
+            _pack_if_whole(model, name.rpartition(".")[0], pack)
     model.tie()
+
+
+def _pack_if_whole(model: Llama, name: str, form: str) -> None:
+    """Encode a plain linear layer that has all of its parameters."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, nn.Linear) and not any(parameter.is_meta for parameter in layer.parameters()):
+        model.set_submodule(name, encode(layer, form))
 
 
 def _put(
@@ -148,9 +178,9 @@ def stored_names(model: Llama, tensors: hf.Tensors) -> dict[str, str]:
 
 
 def save_model(model: Llama, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and the weights of a model that is not packed."""
-    if any(isinstance(module, tuple(LAYERS.values())) for module in model.modules()):
-        raise ValueError("a packed model cannot be written as a plain one")
+    """Write config.json and the weights of a model that is not packed and has no adapter."""
+    if any(isinstance(module, PackedLinear | LoraLinear) for module in model.modules()):
+        raise ValueError("a packed model, or one with an adapter, cannot be written as a plain one")
     named: dict[str, Tensor] = dict(model.named_parameters())
     specs = {name: hf.Spec(tuple(p.shape), dtype) for name, p in named.items()}
     hf.write_tensors(directory, specs, ((name, p.detach().to(dtype)) for name, p in named.items()))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llamero.checkpoint.gptq import GroupCodes
 from llamero.core.errors import LlameroError
-from llamero.quantize import grid
+from llamero.model import grid
 from llamero.quantize.variants import Actorder
 
 BLOCK = 128

@@ -16,9 +16,10 @@ from llamero.checkpoint import gptq as packing
 from llamero.checkpoint import hf, packed
 from llamero.checkpoint.gptq import GroupCodes
 from llamero.core.errors import LlameroError
+from llamero.model import rtn
 from llamero.model.llama import Block, Llama
 from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
-from llamero.quantize import calibrate, gptq, rtn
+from llamero.quantize import calibrate, gptq
 from llamero.quantize.calibrate import INPUTS, Layer, Statistics
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.variants import Variant

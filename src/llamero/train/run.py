@@ -14,14 +14,18 @@ from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
 from llamero.engine import resume
 from llamero.engine.batches import Batches
-from llamero.engine.loop import train
+from llamero.engine.loop import autocast, train
 from llamero.engine.stage import StageConfig
+from llamero.model.adapter_files import save_adapter
+from llamero.model.adapters import attach, merge, trainable
 from llamero.model.config import LlamaConfig
+from llamero.model.linear import PackedLinear
 from llamero.model.llama import Llama, initialize
-from llamero.model.load import DTYPES, load_model, write_config
+from llamero.model.load import DTYPES, load_model, save_model, write_config
 from llamero.model.rope import Default
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.spread import Spread
+from llamero.parallel.world import device as device_of
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 from llamero.train.config import ShapeConfig
 
@@ -59,7 +63,10 @@ def run(
         new_rows: Where the rows of tokens start that the model to start from does not have.
     """
     vocabulary = load_tokenizer(tokenizer)
-    model, new = _model(start, vocabulary, seed=seed, new_rows=new_rows)
+    if stage.adapter is not None and parallel.gpus > 1:
+        problem = "adapters are trained by one process so far"
+        raise LlameroError(problem, where=f"stage {stage.name}", fix="set `parallel.gpus: 1`, or remove `adapter`")
+    model, new = _model(stage, start, vocabulary, seed=seed, new_rows=new_rows, parallel=parallel)
     config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     if stage.sequence > config.max_position_embeddings:
         raise LlameroError(
@@ -77,12 +84,20 @@ def run(
             fix="give a source `val_split`, or remove `eval_every`",
         )
 
+    if stage.adapter is not None:
+        attach(model, stage.adapter, seed=seed, grown=new > 0)
+    trained = sum(parameter.numel() for parameter in trainable(model))
+
     def export(spread: Spread) -> None:
-        save_spread(spread, out, dtype=DTYPES[stage.export])
+        if stage.adapter is None:
+            save_spread(spread, out, dtype=DTYPES[stage.export])
+        else:
+            save_adapter(model, stage.adapter, out / "adapter", base=str(start))
+            _copy_tokenizer(tokenizer, out / "adapter")
+            merge(model, dtype=DTYPES[stage.export])
+            save_model(model, out, dtype=DTYPES[stage.export])
         if spread.world.speaks:
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).exists():
-                    shutil.copyfile(tokenizer / name, out / name)
+            _copy_tokenizer(tokenizer, out)
             resume.remove(out / "checkpoints")
         spread.world.barrier()
 
@@ -104,7 +119,8 @@ def run(
         "supervised_tokens": outcome.supervised_tokens,
         "loss": outcome.loss,
         "validation_loss": outcome.validation_loss,
-        "parameters": parameters,
+        "parameters": parameters if stage.adapter is None else sum(p.numel() for p in model.parameters()),
+        "trained_parameters": trained,
         "vocabulary": {
             "tokens": len(vocabulary),
             "rows": config.vocab_size,
@@ -113,6 +129,12 @@ def run(
         },
         "packing": batches.report.to_json(),
     }
+
+
+def _copy_tokenizer(tokenizer: Path, out: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, out / name)
 
 
 def save_spread(spread: Spread, directory: Path, *, dtype: torch.dtype) -> None:
@@ -143,13 +165,29 @@ def _has_validation(data: Path) -> bool:
     return "val" in dataset.splits and len(dataset.tokens("val")) > 0
 
 
-def _model(start: Path | ShapeConfig, tokenizer: Tokenizer, *, seed: int, new_rows: NewRows) -> tuple[Llama, int]:
+def _model(
+    stage: StageConfig,
+    start: Path | ShapeConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    new_rows: NewRows,
+    parallel: ParallelConfig,
+) -> tuple[Llama, int]:
     """Return the model to train, and how many rows of its vocabulary are new."""
+    where = f"stage {stage.name}"
     if isinstance(start, ShapeConfig):
+        if stage.adapter is not None:
+            raise LlameroError("an adapter needs a trained model to start from", where=where, fix="remove `adapter`")
         model = Llama(fresh_config(start, tokenizer))
         initialize(model, seed=seed)
         return model, len(tokenizer)
-    model = load_model(start, dtype=torch.float32)
+    # frozen weights rest in the precision that they are used in; those that are trained in float32
+    half = stage.adapter is not None and autocast(stage, device_of(parallel)) is not None
+    pack = None if stage.adapter is None else stage.adapter.base
+    model = load_model(start, dtype=torch.bfloat16 if half else torch.float32, pack=pack)
+    if stage.adapter is None and any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise LlameroError("a packed model cannot be trained itself", where=where, fix="give the stage an `adapter`")
     known = len(load_tokenizer(start))
     return model, grow_vocabulary(model, len(tokenizer), known=known, new_rows=new_rows)
 

@@ -1,5 +1,6 @@
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from llamero.checkpoint import gptq
 from llamero.core.errors import LlameroError
@@ -17,6 +19,7 @@ from llamero.model import nf4
 from llamero.model.adapter_config import AdapterConfig
 from llamero.model.adapters import LoraLinear, attach, detach, merge, trainable, updates
 from llamero.model.config import LlamaConfig
+from llamero.model.dropout import Noise, Rates, token_keys
 from llamero.model.linear import GptqLinear, Nf4Linear, PackedLinear, encode, linear, pack
 from llamero.model.llama import Llama, initialize
 from llamero.model.rope import Default
@@ -138,21 +141,48 @@ def test_the_scale_is_alpha_over_rank_or_its_root():
         assert {layer.scale for layer in updates(model).values()} == {scale}
 
 
-def test_dropout_falls_on_the_input_of_the_update_while_training():
-    model, seen = llama(), []
+def noise(model, p):
+    keys, lengths = token_keys([3, 4], [15, 15], seed=1, step=2), torch.full((30,), 15)
+    return Noise(keys, lengths, Rates(adapter=p), model.config.num_layers)
 
-    def dropout(name):
-        seen.append(name)
-        return torch.zeros_like
 
-    with pytest.raises(LlameroError, match="nothing that draws it"):
-        attach(model, AdapterConfig(lora=4, dropout=0.1), seed=1)
-    attach(model, AdapterConfig(lora=4, dropout=0.1), seed=1, dropout=dropout)
-    layer = updates(model)[seen[0]]
-    torch.nn.init.normal_(layer.lora_B.weight)
-    x = torch.randn(3, 32)
-    assert torch.equal(layer.train()(x), layer.base(x))
-    assert not torch.equal(layer.eval()(x), layer.base(x))
+def note(seen, name, _, args):
+    """Remember what comes into a module."""
+    seen[name] = args[0]
+
+
+def test_dropout_falls_on_the_input_of_each_update_by_itself():
+    model = llama()
+    inputs: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
+    attach(model, AdapterConfig(lora=4, dropout=0.25), seed=1)
+    for name, layer in updates(model).items():
+        torch.nn.init.normal_(layer.lora_B.weight)
+        layer.register_forward_pre_hook(partial(note, inputs, name))
+        layer.lora_A.register_forward_pre_hook(partial(note, factors, name))
+    model.packed_hidden(IDS.flatten(), [15, 15], noise(model, 0.25))
+    kept = {name: factors[name] != 0 for name in factors}
+    assert len(kept) == 14
+    for name, x in inputs.items():
+        torch.testing.assert_close(factors[name], x * kept[name] / 0.75)
+        assert 0.7 < kept[name].float().mean() < 0.8
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(kept.values(), 2) if a.shape == b.shape)
+    model.packed_hidden(IDS.flatten(), [15, 15])  # no noise, as in validation
+    assert all(torch.equal(factors[name], inputs[name]) for name in factors)
+
+
+def test_recomputed_activations_drop_the_same():
+    model, grads = llama(), []
+    attach(model, AdapterConfig(lora=4, dropout=0.5), seed=1)
+    for layer in updates(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight)
+    wrapped = copy.deepcopy(model)
+    for number, block in enumerate(wrapped.model.layers):
+        wrapped.model.layers[number] = checkpoint_wrapper(block)
+    for one in (model, wrapped):
+        one.packed_hidden(IDS.flatten(), [15, 15], noise(model, 0.5)).square().sum().backward()
+        grads.append([p.grad for p in trainable(one)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 # -- packed layers

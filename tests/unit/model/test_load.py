@@ -5,12 +5,12 @@ import torch
 
 from llamero.checkpoint import gptq, hf
 from llamero.core.errors import LlameroError
+from llamero.model import rtn
 from llamero.model.config import LlamaConfig
 from llamero.model.linear import GptqLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_block, load_model, save_model, write_config
 from llamero.model.rope import Default
-from llamero.quantize import rtn
 
 SHAPE = LlamaConfig(
     vocab_size=40,

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamero.quantize import grid, rtn
+from llamero.model import grid, rtn
 
 
 def test_a_symmetric_grid_has_its_zero_in_the_middle():
