@@ -111,7 +111,7 @@ def megatron_logits(directory, ids, *, tensor, pipeline):
         return loaded["args"], loaded["model"]
 
     assert (directory / "latest_checkpointed_iteration.txt").read_text() == "release"
-    args, model = file(0, 0)
+    args, _ = file(0, 0)
     d, eps = args.kv_channels, args.layernorm_epsilon
     per_group = args.num_attention_heads // args.num_attention_heads_kv
     models = [[file(t, p)[1] for t in range(tensor)] for p in range(pipeline)]
@@ -121,7 +121,7 @@ def megatron_logits(directory, ids, *, tensor, pipeline):
     for stage in models:
         layers = [model["language_model"]["encoder"] for model in stage]
         for n in range(args.num_layers // pipeline):
-            attended, transformed = torch.zeros_like(x), torch.zeros_like(x)
+            attended, transformed, w = torch.zeros_like(x), torch.zeros_like(x), {}
             for weights in layers:
                 w = {k.removeprefix(f"layers.{n}."): v.float() for k, v in weights.items() if f"layers.{n}." in k}
                 h = norm(x, w["input_layernorm.weight"], eps)

@@ -67,6 +67,7 @@ def open_meta(directory: Path) -> MetaDirectory:
         _refuse_other(file.path, found, files[0].path, specs[0])
     passed_over = tuple(name for name in specs[0] if name == COMPUTED)
     kept = {name: spec for name, spec in specs[0].items() if name != COMPUTED}
+    _refuse_wrong_count(kept, len(files), params, directory)
     axes = {name: _axis(name, spec, len(files), params, directory) for name, spec in kept.items()}
     whole = {name: Spec(_times(spec.shape, axes[name], len(files)), spec.dtype) for name, spec in kept.items()}
     read = partial(_read, files, axes)
@@ -107,6 +108,19 @@ def _refuse_other(path: Path, found: Mapping[str, Spec], first: Path, expected: 
 
 def _say(spec: Spec | None) -> str:
     return "not there" if spec is None else f"{spec.shape} {str(spec.dtype).removeprefix('torch.')}"
+
+
+def _refuse_wrong_count(specs: Mapping[str, Spec], shards: int, params: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a directory whose last shards are missing: each has `dim / shards` columns of wo."""
+    first = specs.get("layers.0.attention.wo.weight")
+    if first is None or len(first.shape) != 2:
+        raise LlameroError("tensor `layers.0.attention.wo.weight` is missing", where=shard_path(directory, 0))
+    if first.shape[1] * shards != params.get("dim"):
+        raise LlameroError(
+            f"{shards} shards have {first.shape[1] * shards} columns of wo together, `dim` is {params.get('dim')}",
+            where=directory,
+            fix="fetch the missing shards, or the params.json of this model",
+        )
 
 
 def _axis(name: str, spec: Spec, shards: int, params: Mapping[str, Any], directory: Path) -> int | None:

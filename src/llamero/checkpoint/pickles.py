@@ -5,7 +5,9 @@ Such a file is a zip archive of stored entries: `data.pkl` is a pickle in which 
 """
 
 import argparse
+import ctypes
 import io
+import mmap
 import pickle
 import re
 import struct
@@ -23,18 +25,16 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from llamero.checkpoint.hf import Spec
 from llamero.core.errors import LlameroError
 
-MAPPED_BYTES = 32 * 2**20
-"""A mapped file is let go of after this many bytes were read from it, so that its pages do not add up in memory."""
-
 _HARMLESS: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
     "numpy.core.multiarray._reconstruct": np.zeros(1).__reduce__()[0],
     "numpy._core.multiarray._reconstruct": np.zeros(1).__reduce__()[0],
-    "numpy.dtypes.UInt32DType": type(np.dtype("uint32")),
 }
 """What else than tensors and numbers a file may hold: arguments, and the state of numpy's random numbers."""
+
+_libc = ctypes.CDLL(None)
 
 _ENUM = re.compile(r"megatron(\.\w+)*\.enums\.\w+")
 
@@ -59,25 +59,15 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._names = self._harmless()
-        self._mapped: Any = None
-        self._touched = 0
-
-    @property
-    def content(self) -> Any:
-        """Return the content; do not keep it, for what was read of it stays in memory as long as it is kept."""
-        if self._mapped is None:
-            self._mapped, self._touched = self._load(), 0
-        return self._mapped
+        self.content = self._load()
 
     def read(self, place: tuple[str, ...]) -> Tensor:
-        """Return a copy of the tensor at a place of the tree."""
+        """Return a copy of the tensor at a place of the tree; the pages of the file leave memory again."""
         found = self.content
         for key in place:
             found = found[key]
         copy = found.clone(memory_format=torch.contiguous_format)
-        self._touched += copy.nbytes
-        if self._touched > MAPPED_BYTES:
-            self._mapped = None
+        _let_go(found.untyped_storage())
         return copy
 
     def _harmless(self) -> list[Any]:
@@ -87,7 +77,7 @@ class PickleFile:
                 wanted = get_unsafe_globals_in_checkpoint(str(self.path))
         except FileNotFoundError as error:
             raise LlameroError("file is missing", where=self.path) from error
-        except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, IndexError) as error:
+        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, RuntimeError, EOFError, IndexError) as error:
             raise LlameroError(
                 "not a whole PyTorch file (or one written before PyTorch 1.6, which cannot be read piece by piece)",
                 where=self.path,
@@ -105,12 +95,19 @@ class PickleFile:
 
     def _load(self) -> Any:
         try:
-            with safe_globals(self._names):
+            with safe_globals([*self._names, type(np.dtype("uint32"))]):  # the latter no file names: numpy makes it
                 return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise LlameroError(
                 f"not a readable PyTorch file: {str(error).splitlines()[0]}", where=self.path, fix="fetch it again"
             ) from error
+
+
+def _let_go(storage: torch.UntypedStorage) -> None:
+    """Drop the mapped pages of a storage that was only read; they would count as this process's memory."""
+    start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -190,6 +187,7 @@ class PickleWriter:
     def close(self) -> None:
         """Finish the file."""
         if self._left:
+            self._abandon()
             raise ValueError(f"tensor {self._left[-1][0]} was announced and never came")
         self._entry("version", b"3\n")
         self._zip.close()
@@ -202,8 +200,11 @@ class PickleWriter:
         if kind is None:
             self.close()
         else:
-            self._zip.fp = None  # stays unfinished, also when it is forgotten
-            self._file.close()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        self._zip.fp = None  # stays unfinished, also when it is forgotten
+        self._file.close()
 
     def _promised(self, tree: Any, place: tuple[str, ...]) -> Any:
         if isinstance(tree, Mapping):

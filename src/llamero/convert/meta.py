@@ -53,6 +53,9 @@ _CONTEXTS = {10_000.0: (4096, "Llama 2"), 1_000_000.0: (16_384, "Code Llama"), 5
 
 _LLAMA3_VOCABULARY = 128_000
 
+_PUBLISHED = ((None, 256), (1.3, 1024), (1.5, 256), (1.3, 4096), (1.2, 4096))
+"""`ffn_dim_multiplier` and `multiple_of` of Meta's models."""
+
 
 def meta_name(name: str) -> str:
     """Return Meta's name of a tensor."""
@@ -72,11 +75,10 @@ def feed_forward(dim: int, *, multiple_of: int, multiplier: float | None) -> int
 
 def feed_forward_params(dim: int, width: int) -> dict[str, Any]:
     """Return `multiple_of` and `ffn_dim_multiplier` that make a width; published ones where they do."""
-    for multiplier in (None, 1.3, 1.5):
-        for multiple_of in (256, 1024, 4096):
-            if feed_forward(dim, multiple_of=multiple_of, multiplier=multiplier) == width:
-                given = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
-                return {key: value for key, value in given.items() if value is not None}
+    for multiplier, multiple_of in _PUBLISHED:
+        if feed_forward(dim, multiple_of=multiple_of, multiplier=multiplier) == width:
+            given = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+            return {key: value for key, value in given.items() if value is not None}
     multiplier = (width + 0.5) / int(2 * 4 * dim / 3)  # half a row more: rounding down must not lose one
     assert feed_forward(dim, multiple_of=1, multiplier=multiplier) == width
     return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}

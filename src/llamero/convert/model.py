@@ -111,7 +111,7 @@ def counting(model: Model, counts: dict[str, int]) -> Model:
 
     def read(path: Path, name: str) -> Tensor:
         tensor = model.tensors[name]
-        counts[name] = sum(int((~part.isfinite()).sum()) for part in tensor.split(1024))  # a mask of all is large
+        counts[name] = sum(int((~part.isfinite()).sum()) for part in tensor.split(128))  # of all, the masks are large
         return tensor
 
     tensors = model.tensors

@@ -47,7 +47,7 @@ def install(bar: Bar | None) -> None:
 
 
 class Line:
-    """One line of progress, advanced by hand: `with progress.line("train", total=800, unit="steps") as line`."""
+    """One line of progress, advanced by hand: `with progress.Line("train", total=800, unit="steps") as line`."""
 
     def __init__(self, name: str, *, total: int | None = None, unit: str = "it", done: int = 0) -> None:
         self._bar = _bar

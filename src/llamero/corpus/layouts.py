@@ -182,7 +182,9 @@ _MESSAGES: _Roles = {"user": "user", "assistant": "assistant", "system": "system
 
 
 def _chat(row: Row, said: Sequence[Message], key: str) -> Chat:
-    """Return a conversation in which the right ones speak and somebody answers."""
+    """Return a conversation in which the right ones speak and somebody answers; an empty system message is left out."""
+    if said and said[0].role == "system" and not said[0].text.strip():
+        said = said[1:]
     if not any(message.role == "assistant" and message.learned for message in said):
         raise BadRowError("no assistant turn")
     try:

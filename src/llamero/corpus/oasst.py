@@ -195,17 +195,17 @@ def _fault(messages: list[_Message]) -> Located | None:
     children: dict[str | None, list[_Message]] = {None: []}
     for message in messages:
         if message.name in known:
-            return _faulty(message, f"message {message.name} stands twice in its tree")
+            return _faulty(message, f"a message stands twice in its tree: {message.name}")
         known[message.name] = message
         children.setdefault(message.parent, []).append(message)
     for name in children:
         if name is not None and name not in known:
             child = children[name][0]
-            what = f"message {name}, the parent of message {child.name}, is missing, or stands apart from its tree"
+            what = f"a parent is missing, or stands apart from its tree: {name}, the parent of message {child.name}"
             return _faulty(child, what)
     roots = children[None]
     if len(roots) > 1:
-        return _faulty(roots[1], f"the tree has two roots, message {roots[0].name} and message {roots[1].name}")
+        return _faulty(roots[1], f"the tree has two roots: message {roots[0].name} and message {roots[1].name}")
     waiting = list(roots)
     while waiting:
         name = waiting.pop().name

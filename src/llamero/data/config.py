@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from llamero.core.config import Strict
+from llamero.core.errors import did_you_mean
 from llamero.corpus import known, toy_world
 
 Layout = Literal[
@@ -38,7 +39,7 @@ class _Source(Strict):
     size: int | None = Field(default=None, gt=0)
     """Training samples to take; all where there are fewer."""
     weight: float = Field(default=1.0, gt=0)
-    """How often each sample is taken; 2.5 takes each twice and every other one a third time."""
+    """How often each sample is taken; 2.5 takes each twice, and by chance half of them a third time."""
     val_split: float = Field(default=0.0, ge=0, lt=1)
     """Share of the samples kept for validation."""
     max_val_set: int | None = Field(default=None, ge=0)
@@ -58,6 +59,10 @@ class _Source(Strict):
         if self.fraction is not None and self.size is not None:
             raise ValueError("give `fraction` or `size`, not both")
         return self
+
+
+_ALIKE = ("dolphin", "alpaca-gpt4", "sharegpt-clean")
+"""Layouts whose rows have the keys of another one, so that only the name of a data set tells."""
 
 
 class FileSource(_Source):
@@ -90,7 +95,7 @@ class FileSource(_Source):
     on_error: Literal["error", "skip"] = "error"
     """What a malformed row does: stop everything, or be counted and skipped."""
     limit: int | None = Field(default=None, gt=0)
-    """Rows to read at most."""
+    """Rows (message trees) to read at most."""
 
     @property
     def files(self) -> dict[str, str]:
@@ -106,22 +111,34 @@ class FileSource(_Source):
     @model_validator(mode="before")
     @classmethod
     def _published(cls, said: Any) -> Any:
-        """Fill in what is known of a published data set, where a recipe gives only its name."""
-        if not isinstance(said, dict) or said.get("path") or said.get("hub"):
+        """Fill in what is known of a published data set: where it is, and what its published loader does."""
+        if not isinstance(said, dict) or (said.get("hub") and said.get("path")):
             return said
         found = known.lookup(str(said.get("source", "")))
-        if found is None or not found.hub:
+        if found is None or said.get("hub") not in (None, found.hub):
             return said
         keys = {field.name for field in fields(found)} & cls.model_fields.keys()
-        return {**{key: getattr(found, key) for key in sorted(keys)}, **said}
+        if said.get("path"):
+            # a file may be a copy in another form: what its rows are is looked at, unless their keys do not tell
+            keys -= {"hub", "data_files", "split"} | ({"layout"} if found.layout not in _ALIKE else set())
+        return {**{key: getattr(found, key) or None for key in sorted(keys) if getattr(found, key)}, **said}
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.path is not None and self.hub is not None:
             raise ValueError("give `path` or `hub`, not both")
         if self.path is None and self.hub is None:
-            raise ValueError(f"`{self.source}` is no published data set that is known; give `path` or `hub`")
+            raise ValueError(f"where `{self.source}` lies is not known{_hint(self.source)}; give `path` or `hub`")
         return self
+
+
+def _hint(name: str) -> str:
+    """Return what may help whoever named a source that is not known, or that was never published."""
+    found = known.lookup(name)
+    if found is not None:
+        return f" ({found.notes})"
+    near = did_you_mean(name, known.KNOWN)
+    return f" ({near})" if near.startswith("did you mean") else ""
 
 
 class ToyWorldSource(_Source):

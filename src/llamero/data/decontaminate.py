@@ -429,10 +429,10 @@ def statement(report: Report) -> str:
     if not found:
         said = f"None of {count} training samples shares {shared}."
     elif report.dropped:
-        said = f"No training sample shares {shared}; {found:,} of {count} that did {_was(found)} removed."
+        said = f"No training sample shares {shared}; {found:,} of {count} samples read did, and {_was(found)} removed."
     else:
         share, it = ("shares", "It") if found == 1 else ("share", "They")
-        said = f"{found:,} of {count} training samples {share} {shared}. {it} {_was(found)} learned."
+        said = f"{found:,} of {count} training samples {share} {shared}. {it} {_was(found)} kept."
     said += f" Passages that more than {COMMON} test questions share or that are mostly numbers do not count"
     if skipped := sum(report.not_searched.values()):
         questions = f"{skipped:,} test question{'' if skipped == 1 else 's'}"

@@ -42,6 +42,8 @@ class Parsed:
 
     where: str
     found: tuple[Sample | LeftOut | Fault, ...]
+    rows: int = 1
+    """Rows that it is made of."""
 
 
 Unit = Raw | Parsed
@@ -69,6 +71,11 @@ class RowParser:
     def __init__(self, source: FileSource, layout: str, root: Path) -> None:
         self._layout: Layout = layouts.layout_named(layout)
         self._options = Options(top_k=source.top_k, synthetic=source.synthetic)
+        if source.join_chars and layout in TREES:
+            problem = (
+                f"`join_chars` would join threads of `{source.source}` across trees, and its val_split goes by trees"
+            )
+            raise LlameroError(problem, fix="remove it")
         if (source.top_k or source.synthetic) and layout not in TREES:
             raise LlameroError(
                 f"`top_k` and `synthetic` are for message trees, the layout of `{source.source}` is {layout}",
@@ -158,17 +165,15 @@ class Reading:
     def _gathered(self, source: FileSource) -> Iterator[Raw]:
         """Yield rows; the tables of messages that a tree is spread over, as one."""
         found = self._rows(source)
-        if layouts.layout_named(self.layout).gather != "trees":
-            return found
-        trees = oasst.trees(raw.parse() for raw in found)
-        return (Raw(tree.where, tree.row, tree.problem) for tree in trees)
+        if layouts.layout_named(self.layout).gather == "trees":
+            trees = oasst.trees(raw.parse() for raw in found)
+            found = (Raw(tree.where, tree.row, tree.problem) for tree in trees)
+        return islice(found, source.limit)
 
     def _rows(self, source: FileSource) -> Iterator[Raw]:
         if source.path is None:
-            found = chain.from_iterable(_hub_rows(source, split) for split in source.split.split(","))
-        else:
-            found = rows.read(self._root / source.path)
-        return islice(found, source.limit)
+            return chain.from_iterable(_hub_rows(source, split) for split in source.split.split(","))
+        return rows.read(self._root / source.path)
 
     def _detect(self, source: FileSource) -> str:
         """Return the layout of the first row that has one."""
@@ -205,13 +210,16 @@ def joined(parsed: Iterator[Parsed], characters: int) -> Iterator[Parsed]:
     """
     waiting: dict[str, Parsed] = {}
     for unit in parsed:
-        for item in unit.found:
+        for number, item in enumerate(unit.found):
+            alone = Parsed(unit.where, (item,), rows=unit.rows if number == 0 else 0)
             if not isinstance(item, Chat):
-                yield Parsed(unit.where, (item,))
+                yield alone
                 continue
             system = item.messages[0].text if item.messages[0].role == "system" else ""
             before = waiting.pop(system, None)
-            together = Parsed(unit.where, (item,)) if before is None else Parsed(before.where, (_join(before, item),))
+            together = alone
+            if before is not None:
+                together = Parsed(before.where, (_join(before, item),), rows=before.rows + alone.rows)
             if sum(len(message.text) for message in _chat(together).messages) >= characters:
                 yield together
             else:

@@ -13,7 +13,7 @@ from llamero.core import files, progress, workers
 from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
 from llamero.data import page, select, stats
-from llamero.data.config import MixtureConfig
+from llamero.data.config import FileSource, MixtureConfig
 from llamero.data.lengthen import ChatCounts
 from llamero.data.read import Reading
 from llamero.data.select import Selection
@@ -123,8 +123,9 @@ def _chunks(
 
 def _size(mixture: MixtureConfig, root: Path) -> int | None:
     """Return the kilobytes that are to be read, None where they are not known: of hub data sets, compressed files."""
-    paths = [root / path for source in mixture.sources for path in source.files.values()]
-    if len(paths) < len(mixture.sources) or not all(path.suffix in _PLAIN for path in paths):
+    given = [root / source.path for source in mixture.sources if isinstance(source, FileSource) and source.path]
+    paths = [file for path in given for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    if len(given) < len(mixture.sources) or not all(path.suffix in _PLAIN for path in paths):
         return None
     return sum(path.stat().st_size for path in paths) // 1000
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from llamero.data.read import Reading
 from llamero.data.stats import SourceStats
 from llamero.data.tokenize import CHARACTERS_PER_TOKEN, FATES, Chunk, Parsing, chunks
 
+_AT_ONCE = 1 << 16
+"""Signatures copied at once."""
 TRAIN, VAL, NOT_DRAWN, DUPLICATE, CONTAMINATED, SHORTENED = range(len(FATES))
 
 
@@ -83,21 +85,23 @@ def select(
     surveys = _survey(readings, Surveyor(mixture, parsing, index), names=names, out=out, team=team)
     fates = [np.full(survey.characters.size, TRAIN, dtype=np.uint8) for survey in surveys]
     report: dict[str, Any] = {}
-    if mixture.decontaminate is not None and index is not None:
-        report["decontamination"] = _contaminated(mixture.decontaminate, index, surveys, fates)
+    if mixture.decontaminate is not None:
+        _drop_contaminated(mixture.decontaminate, surveys, fates)
     if mixture.duplicates is not None:
-        report["duplicates"] = _duplicates(mixture.duplicates, surveys, fates, names)
+        report["duplicates"] = _duplicates(mixture.duplicates, surveys, fates, names, out)
     fractions = [
         _split(source, survey, fate, seed) for source, survey, fate in zip(mixture.sources, surveys, fates, strict=True)
     ]
     if mixture.lengthen is not None:
         report["lengthen"] = _choose(mixture.lengthen, surveys, fates, seed, names)
+    if mixture.decontaminate is not None and index is not None:
+        report["decontamination"] = _contamination(mixture.decontaminate, index, surveys, fates)
     return Selection(fates, [survey.starts for survey in surveys], fractions, report)
 
 
 def forget(out: Path) -> None:
     """Remove the surveys that wait in a directory."""
-    for path in out.glob("survey-*.npz"):
+    for path in out.glob("survey-*"):
         path.unlink()
 
 
@@ -108,7 +112,7 @@ def forget(out: Path) -> None:
 class Seen:
     """What a worker tells of the samples of a chunk."""
 
-    counts: NDArray[np.uint16]
+    counts: NDArray[np.uint32]
     characters: NDArray[np.int64]
     domains: tuple[str | None, ...]
     signatures: NDArray[Any]
@@ -119,7 +123,7 @@ class Seen:
 class Survey:
     """What is known of the samples of a source."""
 
-    counts: NDArray[np.uint16]
+    counts: NDArray[np.uint32]
     """Samples of each unit."""
     characters: NDArray[np.int64]
     """Of each sample."""
@@ -128,7 +132,7 @@ class Survey:
     names: tuple[str, ...]
     """Of the domains; empty where rows name none."""
     signatures: NDArray[Any]
-    """MinHash of each sample, if near-duplicates are looked for."""
+    """MinHash of each sample, if near-duplicates are looked for; mapped, because they are large."""
     matches: tuple[tuple[int, str, Match], ...]
     """Overlaps with test sets: the number of the sample, where it stands, and what was found."""
 
@@ -158,7 +162,7 @@ class Surveyor:
     def __call__(self, chunk: Chunk) -> Seen:
         """Return what is to be known of its samples."""
         found = list(self._parsing(chunk, SourceStats("")))
-        counts = np.zeros(len(chunk.units), dtype=np.uint16)
+        counts = np.zeros(len(chunk.units), dtype=np.uint32)
         for placed in found:
             counts[placed.unit - chunk.first] += 1
         samples = [placed.sample for placed in found]
@@ -185,8 +189,9 @@ def _survey(
         path = out / f"survey-{number}.npz"
         if not path.exists():
             seen = workers.ordered(surveyor, chunks(number, reading), workers=team)
-            with progress.Line(f"look at {name}", unit="rows") as line:
-                _store(path, _together(_told(seen, line)))
+            bar = progress.Line(f"look at {name}", unit="rows")
+            with bar as line, path.with_suffix(SIGNATURES).open("wb") as signatures:
+                _store(path, _together(_told(seen, line), signatures))
         found.append(_stored(path))
     return found
 
@@ -197,26 +202,30 @@ def _told(seen: Iterator[Seen], line: progress.Line) -> Iterator[Seen]:
         line.advance(each.counts.size)
 
 
-def _together(seen: Iterator[Seen]) -> Survey:
-    """Return what the chunks of a source tell as one."""
+SIGNATURES = ".signatures"
+
+
+def _together(seen: Iterator[Seen], signatures: BinaryIO) -> Survey:
+    """Return what the chunks of a source tell as one; the signatures go to a file."""
     parts: list[Seen] = []
     domains: list[NDArray[np.int32]] = []
     names: dict[str, int] = {}
     matches: list[tuple[int, str, Match]] = []
     before = 0
+    nothing = Seen(np.zeros(0, np.uint32), np.zeros(0, np.int64), (), duplicates.signature([]), ())
     for each in seen:
         codes = [-1 if domain is None else names.setdefault(domain, len(names)) for domain in each.domains]
         domains.append(np.asarray(codes, dtype=np.int32))
         matches += [(before + number, where, match) for number, where, match in each.matches]
         before += len(codes)
-        parts.append(replace(each, domains=(), matches=()))
-    nothing = Seen(np.zeros(0, np.uint16), np.zeros(0, np.int64), (), duplicates.signature([]), ())
+        signatures.write(each.signatures.tobytes())
+        parts.append(replace(each, domains=(), signatures=nothing.signatures, matches=()))
     return Survey(
         np.concatenate([part.counts for part in [nothing, *parts]]),
         np.concatenate([part.characters for part in [nothing, *parts]]),
         np.concatenate([np.zeros(0, np.int32), *domains]),
         tuple(names),
-        np.concatenate([part.signatures for part in [nothing, *parts]]),
+        nothing.signatures,
         tuple(matches),
     )
 
@@ -231,7 +240,6 @@ def _store(path: Path, survey: Survey) -> None:
             counts=survey.counts,
             characters=survey.characters,
             domains=survey.domains,
-            signatures=survey.signatures,
             said=np.frombuffer(said.encode(), np.uint8),
         )
     beside.replace(path)
@@ -240,9 +248,18 @@ def _store(path: Path, survey: Survey) -> None:
 def _stored(path: Path) -> Survey:
     with np.load(path) as found:
         said = json.loads(found["said"].tobytes())
-        arrays = {name: found[name] for name in ("counts", "characters", "domains", "signatures")}
+        arrays = {name: found[name] for name in ("counts", "characters", "domains")}
+    signatures = _mapped(path.with_suffix(SIGNATURES))
     matches = tuple((number, where, Match(**match)) for number, where, match in said["matches"])
-    return Survey(names=tuple(said["names"]), matches=matches, **arrays)
+    return Survey(names=tuple(said["names"]), signatures=signatures, matches=matches, **arrays)
+
+
+def _mapped(path: Path) -> NDArray[np.uint32]:
+    return (
+        np.memmap(path, np.uint32, "r").reshape(-1, duplicates.PLACES)
+        if path.stat().st_size
+        else duplicates.signature([])
+    )
 
 
 # -- what is decided
@@ -253,16 +270,26 @@ def _index(config: DecontaminateConfig, root: Path) -> Index:
     return Index(tests, ngram=config.ngram)
 
 
-def _contaminated(
-    config: DecontaminateConfig, index: Index, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]]
-) -> dict[str, Any]:
-    """Report what overlaps with test sets, and leave it out if that is asked for."""
-    report = decontaminate.Report.of(index, dropped=config.action == "drop")
+def _drop_contaminated(
+    config: DecontaminateConfig, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]]
+) -> None:
+    """Leave out what overlaps with test sets, if that is asked for."""
     for survey, fate in zip(surveys, fates, strict=True):
-        report.samples += survey.characters.size - len(survey.matches)
-        report.add([where for _, where, _ in survey.matches], [match for _, _, match in survey.matches])
         if config.action == "drop":
             fate[[number for number, _, _ in survey.matches]] = CONTAMINATED
+
+
+def _contamination(
+    config: DecontaminateConfig, index: Index, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Report what overlaps with test sets: of all samples where that is left out, else of those that are learned."""
+    dropped = config.action == "drop"
+    report = decontaminate.Report.of(index, dropped=dropped)
+    for survey, fate in zip(surveys, fates, strict=True):
+        counts = np.ones(fate.size, dtype=np.bool_) if dropped else fate == TRAIN
+        found = [(where, match) for number, where, match in survey.matches if counts[number]]
+        report.samples += int(np.count_nonzero(counts)) - len(found)
+        report.add([where for where, _ in found], [match for _, match in found])
     return {**report.to_json(), "statement": decontaminate.statement(report)}
 
 
@@ -283,7 +310,9 @@ def _split(source: SourceConfig, survey: Survey, fate: NDArray[np.uint8], seed: 
 def _wanted(source: SourceConfig, available: int) -> int:
     if source.size is not None:
         return min(source.size, available)
-    return available if source.fraction is None else int(available * source.fraction)
+    if source.fraction is None:
+        return available
+    return max(1, int(round(available * source.fraction, 6)))  # rounded, because 0.29 × 100 is a little less than 29
 
 
 def _validation_units(source: SourceConfig, counts: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
@@ -303,24 +332,36 @@ def _validation_units(source: SourceConfig, counts: NDArray[np.int64], seed: int
 
 
 def _duplicates(
-    config: DuplicatesConfig, surveys: Sequence[Survey], fates: Sequence[NDArray[np.uint8]], names: Sequence[str]
+    config: DuplicatesConfig,
+    surveys: Sequence[Survey],
+    fates: Sequence[NDArray[np.uint8]],
+    names: Sequence[str],
+    out: Path,
 ) -> dict[str, Any]:
     """Report what resembles an earlier sample, and leave it out if that is asked for."""
-    signatures = np.concatenate([survey.signatures for survey in surveys])
-    firsts = np.concatenate(([0], np.cumsum([survey.characters.size for survey in surveys])))
+    there = np.flatnonzero(np.concatenate(fates) == TRAIN)  # what is left out already makes nothing else a duplicate
+    firsts = np.concatenate(([0], np.cumsum([fate.size for fate in fates])))
+    path = out / f"survey-all{SIGNATURES}"
+    with path.open("wb") as file:
+        for survey, fate in zip(surveys, fates, strict=True):
+            kept = np.flatnonzero(fate == TRAIN)
+            for start in range(0, kept.size, _AT_ONCE):
+                file.write(survey.signatures[kept[start : start + _AT_ONCE]].tobytes())
+    signatures = _mapped(path)
 
     def source(sample: int) -> int:
-        return int(np.searchsorted(firsts, sample, "right")) - 1
+        return int(np.searchsorted(firsts, there[sample], "right")) - 1
 
     def where(sample: int) -> str:
         number = source(sample)
-        return f"{names[number]}, row {surveys[number].units[sample - firsts[number]] + 1}"
+        return f"{names[number]}, row {surveys[number].units[there[sample] - firsts[number]] + 1}"
 
     found = duplicates.find(signatures, threshold=config.threshold)
     drop = config.action == "drop"
     if drop:
-        for fate, first in zip(fates, firsts, strict=False):
-            fate[(found[first : first + fate.size] >= 0) & (fate == TRAIN)] = DUPLICATE
+        for number in there[found >= 0].tolist():
+            place = int(np.searchsorted(firsts, number, "right")) - 1
+            fates[place][number - firsts[place]] = DUPLICATE
     said = duplicates.report(
         signatures, found, source=lambda n: names[source(n)], where=where, threshold=config.threshold, dropped=drop
     )

@@ -255,7 +255,7 @@ class Encoder:
         """Return the documents of a chunk, by split, and counts of everything in it."""
         name = self._mixture.sources[chunk.source].source
         parts = {split: Part(SourceStats(name)) for split in SPLITS}
-        parts["train"].stats.rows = len(chunk.units)
+        parts["train"].stats.rows = sum(unit.rows if isinstance(unit, Parsed) else 1 for unit in chunk.units)
         chosen: list[tuple[Placed, Part]] = []
         for number, placed in enumerate(self._parsing(chunk, parts["train"].stats)):
             fate = "train" if chunk.fates is None else FATES[chunk.fates[number]]
@@ -274,7 +274,8 @@ class Encoder:
     def _encode(self, placed: Sequence[Placed]) -> Iterator[RenderedArrays | LlameroError]:
         """Yield every sample in tokens, in order; the chats are rendered together."""
         chats = [each.sample.messages for each in placed if isinstance(each.sample, Chat)]
-        rendered = iter(render_batch(chats, self._template, self.tokenizer))
+        # a base without a chat template can still read texts
+        rendered = iter(render_batch(chats, self._template, self.tokenizer) if chats else ())
         for each in placed:
             yield next(rendered) if isinstance(each.sample, Chat) else self._document(each.sample.text)
 

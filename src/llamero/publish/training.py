@@ -117,10 +117,10 @@ def _selection(summary: Mapping[str, Any]) -> Iterator[str]:
     if "duplicates" in summary:
         found = summary["duplicates"]
         alike = found["within_sources"] + found["across_sources"]
-        what = "were left out" if found["dropped"] else "were learned too"
+        what = "were left out" if found["dropped"] else "were kept"
         where = f"{count(found['within_sources'])} within a source, {count(found['across_sources'])} across sources"
         yield (
-            f"**Near-duplicates**: {count(alike)} of {count(found['samples'])} samples resemble an earlier one to "
+            f"**Near-duplicates**: {count(alike)} of {count(found['samples'])} samples read resemble an earlier one to "
             f"{found['threshold']:.0%} ({where}); they {what}."
         )
     if "lengthen" in summary:

@@ -1,7 +1,7 @@
 """Random tiny models, and what is the same between two directories."""
 
-import torch
 import pytest
+import torch
 
 from llamero.checkpoint import hf
 from llamero.convert.model import open_hf
@@ -30,12 +30,12 @@ class Models:
         return LlamaConfig(**{**sizes, **changes})
 
     @staticmethod
-    def write(directory, *, dtype=torch.float32, seed=0, **changes) -> LlamaConfig:
+    def write(directory, *, dtype=torch.float32, seed=0, std=1.0, **changes) -> LlamaConfig:
         config = Models.config(**changes)
         model = Llama(config)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = std * torch.randn(parameter.shape, generator=generator)
         model.tie()
         directory.mkdir(parents=True, exist_ok=True)
         save_model(model, directory, dtype=dtype)

@@ -1,10 +1,10 @@
 """Every conversion and its way back give the same bits; what does not fit is refused by name, and nothing is silent."""
 
 import argparse
+import itertools
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llamero.cli import main
 from llamero.convert import meta
 from llamero.convert.config import ConvertConfig
 from llamero.convert.run import kind_of, run
@@ -81,7 +82,7 @@ def test_every_kind_is_reached_from_every_other(tmp_path, models):
     models.assert_same(tmp_path / "hf", here)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_models_return_with_the_same_bits(tmp_path_factory, models, data):
     tensor, pipeline = data.draw(st.sampled_from(LAYOUTS))
@@ -111,11 +112,15 @@ def test_random_models_return_with_the_same_bits(tmp_path_factory, models, data)
     shutil.rmtree(root)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_models_return_from_meta_without_a_config_beside(tmp_path_factory, models, data):
     shards = data.draw(st.sampled_from([1, 2, 4]))
-    kv, per_group, half = shards * data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    kv, per_group, half = (
+        shards * data.draw(st.integers(1, 2)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 4)),
+    )
     root = tmp_path_factory.mktemp("random")
     config = models.write(
         root / "hf",
@@ -138,9 +143,7 @@ def test_random_models_return_from_meta_without_a_config_beside(tmp_path_factory
     shutil.rmtree(root)
 
 
-@pytest.mark.parametrize(
-    "rope", [Default(54321.0, 4), Linear(1e4, 4, 2.0), Llama3(5e5, 4, 32.0, 8192, 1.0, 4.0)], ids=lambda r: type(r).__name__
-)  # fmt: skip
+@pytest.mark.parametrize("rope", [Default(54321.0, 4), Linear(1e4, 4, 2.0), Llama3(5e5, 4, 32.0, 8192, 1.0, 4.0)])
 def test_megatron_arguments_alone_say_what_the_model_is(tmp_path, models, rope):
     models.write(tmp_path / "hf", rope=rope, rms_norm_eps=3e-6, vocab_size=97)
     convert(tmp_path / "hf", tmp_path / "out", "megatron", tensor=2)
@@ -191,7 +194,7 @@ def test_what_a_converter_and_a_trainer_call_differently_is_one(tmp_path, models
 
 
 def test_precision_changes_when_asked(tmp_path, models):
-    models.write(tmp_path / "hf")
+    models.write(tmp_path / "hf", std=0.3)
     report = convert(tmp_path / "hf", tmp_path / "out", "megatron", dtype="bfloat16", verify=True, tensor=2)
     assert report.verified is not None
     assert 0 < report.verified.mean < 0.1
@@ -253,7 +256,7 @@ def test_what_the_other_kind_cannot_compute_is_refused(tmp_path, models, changes
 
 def test_options_that_would_be_ignored_are_refused(tmp_path, models):
     for keys in ({"to": "hf", "tensor": 2}, {"to": "meta", "pipeline": 2}, {"to": "megatron", "shards": 2}):
-        with pytest.raises(LlameroError, match="directories|checkpoints"):
+        with pytest.raises(LlameroError, match=" are of Me"):
             parse(ConvertConfig, keys)
     models.write(tmp_path / "hf")
     assert refusal(tmp_path / "hf", tmp_path / "out", "meta", context=9).where == "--context"
@@ -334,13 +337,11 @@ def test_a_meta_directory_that_lacks_its_last_shard_is_refused(tmp_path, models)
     convert(tmp_path / "hf", tmp_path / "out", "meta", shards=4)
     (tmp_path / "out/consolidated.03.pth").unlink()
     error = refusal(tmp_path / "out", tmp_path / "back", "hf")
-    assert error.fix is not None
-    assert "a shard may be missing" in error.fix or "vocab_size" in error.problem
+    assert error.problem == "3 shards have 24 columns of wo together, `dim` is 32"
 
 
-@pytest.mark.parametrize("width", range(1, 700, 7))
-def test_params_json_makes_any_feed_forward_width(width):
-    for dim in (4, 32, 4096):
+def test_params_json_makes_any_feed_forward_width():
+    for dim, width in itertools.product((4, 32, 4096), range(1, 700)):
         params = meta.feed_forward_params(dim, width)
         multiplier = params.get("ffn_dim_multiplier")
         assert meta.feed_forward(dim, multiple_of=params["multiple_of"], multiplier=multiplier) == width
@@ -380,6 +381,21 @@ def test_a_fixture_of_meta_is_read(tmp_path, models):
     assert all(torch.equal(was[name], now[name]) for name in was)
 
 
+def test_the_command_says_what_was_done_and_what_it_took(tmp_path, models, capsys):
+    models.write(tmp_path / "hf")
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "megatron", "--tensor", "2", "--verify"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "logits of both sides differ by at most" in said
+    assert "37,152 parameters, hf to megatron" in said
+    assert "largest layer 0.03 MB, peak memory of the process" in said
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "meta", "--tensor", "2"])
+    assert stopped.value.code == 2
+    assert "`tensor` and `pipeline` are of Megatron checkpoints" in capsys.readouterr().err
+
+
 def test_arguments_are_saved_as_a_namespace(tmp_path, models):
     config = models.write(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "out", "megatron", tensor=2, pipeline=2)
@@ -389,4 +405,3 @@ def test_arguments_are_saved_as_a_namespace(tmp_path, models):
     assert args.rope_theta == config.rope.theta
     assert args.padded_vocab_size == 256
     assert args.params_dtype == torch.float32
-    assert replace(config) == config

@@ -330,9 +330,9 @@ def rewired(length, **parents):
         (rewired(4, m2="m3"), "x:3", "a cycle: from parent to parent, message m2 leads to no root"),
         (rewired(3, m0="m2"), "x:1", "a cycle: from parent to parent, message m0 leads to no root"),
         (rewired(3, m1="m1"), "x:2", "a cycle.*message m1"),
-        (rewired(3, m1="gone"), "x:2", "message gone, the parent of message m1, is missing"),
-        (rewired(3, m2=None), "x:3", "the tree has two roots, message m0 and message m2"),
-        (chain(3) + chain(3)[1:2], "x:4", "message m1 stands twice in its tree"),
+        (rewired(3, m1="gone"), "x:2", "a parent is missing, or stands apart from its tree: gone, the parent of message m1"),
+        (rewired(3, m2=None), "x:3", "the tree has two roots: message m0 and message m2"),
+        (chain(3) + chain(3)[1:2], "x:4", "a message stands twice in its tree: m1"),
     ],
 )
 def test_messages_that_are_no_tree_are_named_and_the_next_tree_is_read(table, where, says):
@@ -350,7 +350,7 @@ def test_a_tree_whose_rows_do_not_stand_together_is_named():
     assert first.row
     assert second.row
     assert third.where == "x:4"
-    assert third.problem.startswith("message m1, the parent of message m2, is missing, or stands apart")
+    assert third.problem.startswith("a parent is missing, or stands apart from its tree: m1, the parent of message m2")
 
 
 def test_rows_that_are_no_messages_are_told_where_they_stand():

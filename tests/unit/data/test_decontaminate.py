@@ -285,8 +285,8 @@ def test_the_statement_says_what_was_searched_and_found(texts, dropped, start):
     assert said.startswith(start)
     assert "GSM8K (1 of 1,319) and own (2)" in said
     assert said.endswith(REST)
-    assert ("; 1 of 2 that did was removed." in said) == (len(texts) == 2 and dropped)
-    assert (" It was learned." in said) == (not dropped)
+    assert ("; 1 of 2 samples read did, and was removed." in said) == (len(texts) == 2 and dropped)
+    assert (" It was kept." in said) == (not dropped)
 
 
 def test_the_statement_of_eight_words_says_so():

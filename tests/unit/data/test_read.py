@@ -157,3 +157,47 @@ def test_the_toy_world_is_a_source_like_others(tmp_path):
     assert all(isinstance(found.sample, Document) for found in texts)
     assert all(isinstance(found.sample, Chat) for found in chats)
     assert [found.where for found in chats] == [f"toy_world:{number}" for number in range(1, 6)]
+
+
+def tree_table(count):
+    """Messages whose parent is nowhere: all of one fault."""
+    for number in range(count):
+        row = {"message_id": f"m{number}", "parent_id": f"gone{number}", "message_tree_id": f"t{number}"}
+        yield row | {"text": "x", "role": "assistant", "lang": "en", "tree_state": "ready_for_export"}
+
+
+def test_faults_of_tables_of_trees_have_one_reason(tmp_path):
+    rows = reading(tmp_path, *tree_table(5), layout="oasst-flat", on_error="skip")
+    assert counted(rows) == ([], {"a parent is missing, or stands apart from its tree": 5})
+
+
+def test_threads_of_trees_are_not_joined(tmp_path):
+    with pytest.raises(LlameroError, match="`join_chars` would join threads of `a` across trees"):
+        reading(tmp_path, *tree_table(1), layout="oasst-flat", join_chars=100)
+
+
+def test_conversations_are_joined_under_their_system_message_and_rows_are_counted(tmp_path):
+    said = [{"instruction": "S", "input": f"q{n}", "output": "a" * 30} for n in range(5)]
+    said.insert(2, {"instruction": "other", "input": "q", "output": "a"})
+    rows = reading(tmp_path, *said, layout="dolphin", join_chars=60)
+    units = list(rows)
+    chats = [unit.found[0] for unit in units]
+    assert [len(chat.messages) for chat in chats] == [5, 5, 3, 3]
+    assert [unit.rows for unit in units] == [2, 2, 1, 1]
+    assert [chat.messages[0].text for chat in chats] == ["S", "S", "other", "S"]
+
+
+def test_languages_and_refusals_are_left_out_by_reason(tmp_path):
+    def chat(answer, language):
+        return {"instruction": "I", "output": answer, "language": language}
+
+    lines = [chat("fine", "en"), chat("fine", "de"), chat("As an AI language model, I will not", "en")]
+    found, reasons = counted(reading(tmp_path, *lines, lang="en", refusals=True))
+    assert (len(found), reasons) == (1, {"another language": 1, "speaks as a refusing assistant": 1})
+    found, reasons = counted(reading(tmp_path, GOOD, lang="en", on_error="skip"))
+    assert (found, reasons) == ([], {"the row names no language, `lang` asks for en": 1})
+
+
+def test_replies_are_ranked_in_trees_only(tmp_path):
+    with pytest.raises(LlameroError, match="`top_k` and `synthetic` are for message trees"):
+        reading(tmp_path, GOOD, top_k=1)

@@ -89,7 +89,7 @@ def test_overlaps_with_a_test_set_are_left_out_or_reported(make, tmp_path, token
     assert found["tests"]["quiz"]["samples"] == 1
     assert found["tests"]["quiz"]["examples"][0]["sample"].endswith("a.jsonl:8")
     assert "quiz (1)" in found["statement"]
-    assert ("removed" if action == "drop" else "learned") in found["statement"]
+    assert ("removed" if action == "drop" else "kept") in found["statement"]
     assert len(dataset.tokens("train")) == (19 if action == "drop" else 20)
     left_out = {"overlaps with a test set": 1} if action == "drop" else {}
     assert summary["train"]["total"]["left_out"] == left_out
