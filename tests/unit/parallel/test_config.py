@@ -12,7 +12,13 @@ from llamero.parallel.mesh import layers_of, refuse_impossible
 
 
 def model(**keys):
-    about: dict[str, Any] = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 96, "num_layers": 6, "num_heads": 12}
+    about: dict[str, Any] = {
+        "vocab_size": 67,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_layers": 6,
+        "num_heads": 12,
+    }
     about |= {"num_kv_heads": 6, "head_dim": 4, "rope": Default(10000.0, 4), "max_position_embeddings": 64}
     return LlamaConfig(**(about | keys))
 
