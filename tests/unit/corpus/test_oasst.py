@@ -330,11 +330,7 @@ def rewired(length, **parents):
         (rewired(4, m2="m3"), "x:3", "a cycle: from parent to parent, message m2 leads to no root"),
         (rewired(3, m0="m2"), "x:1", "a cycle: from parent to parent, message m0 leads to no root"),
         (rewired(3, m1="m1"), "x:2", "a cycle.*message m1"),
-        (
-            rewired(3, m1="gone"),
-            "x:2",
-            "a parent is missing, or stands apart from its tree: gone, the parent of message m1",
-        ),
+        (rewired(3, m1="gone"), "x:2", "a parent is missing, or stands apart from its tree: gone, the parent of"),
         (rewired(3, m2=None), "x:3", "the tree has two roots: message m0 and message m2"),
         (chain(3) + chain(3)[1:2], "x:4", "a message stands twice in its tree: m1"),
     ],

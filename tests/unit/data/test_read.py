@@ -9,7 +9,7 @@ import pytest
 from llamero.core.errors import LlameroError
 from llamero.corpus.samples import Chat, Document
 from llamero.data.config import FileSource, ToyWorldSource
-from llamero.data.read import Reading
+from llamero.data.read import Parsed, Reading
 
 GOOD = {"instruction": "I", "output": "O"}
 
@@ -180,8 +180,8 @@ def test_conversations_are_joined_under_their_system_message_and_rows_are_counte
     said = [{"instruction": "S", "input": f"q{n}", "output": "a" * 30} for n in range(5)]
     said.insert(2, {"instruction": "other", "input": "q", "output": "a"})
     rows = reading(tmp_path, *said, layout="dolphin", join_chars=60)
-    units = list(rows)
-    chats = [unit.found[0] for unit in units]
+    units = [unit for unit in rows if isinstance(unit, Parsed)]
+    chats = [chat for unit in units for chat in unit.found if isinstance(chat, Chat)]
     assert [len(chat.messages) for chat in chats] == [5, 5, 3, 3]
     assert [unit.rows for unit in units] == [2, 2, 1, 1]
     assert [chat.messages[0].text for chat in chats] == ["S", "S", "other", "S"]

@@ -109,3 +109,17 @@ def test_a_damaged_file_is_named_on_every_process(root):
     assert [code for code, _ in ended] == [2, 2]
     assert all("__1_0.distcp: not what was written" in said for _, said in ended)
     shutil.rmtree(last)
+
+
+def test_a_process_that_stands_still_is_named_and_the_run_ends(root):
+    stop = {"rank": 1, "signal": int(signal.SIGSTOP), "step": 2}
+    orders = [order("stands", parallel={"timeout": 3}, stop=stop)]
+    running = layouts.start(orders, processes=2, where=root / "stands")
+    try:
+        _, said = running[0].communicate(timeout=60)
+    finally:
+        running[1].kill()
+    running[1].communicate()
+    assert running[0].returncode == 70
+    assert "rank 1 (host " in said
+    assert "has been silent for" in said

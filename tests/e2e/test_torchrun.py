@@ -1,0 +1,80 @@
+"""The same recipe on one process and, by torchrun, on two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+RECIPE = """\
+name: small
+base:
+  shape: {hidden: 16, layers: 2, heads: 2, mlp: 32, context: 64}
+  vocabulary: {size: 300, mixture: world}
+template: plain
+data:
+  mixtures:
+    world: {sources: [{toy_world: documents, count: 200, val_split: 0.1}]}
+train:
+  - {name: lm, objective: lm, mixture: world, sequence: 64, batch: 8, steps: 4, lr: 1.0e-3}
+  - {name: more, objective: lm, mixture: world, sequence: 64, batch: 8, steps: 3, lr: 1.0e-3}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def llamero(recipe, out, *options, processes=1):
+    start = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--standalone",
+        "-m",
+        "llamero.cli",
+    ]
+    command = [
+        sys.executable,
+        *(start if processes > 1 else ["-m", "llamero.cli"]),
+        "run",
+        str(recipe),
+        "--out",
+        str(out),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=240)
+
+
+def lines(out, stage):
+    (found,) = out.glob(f"train-{stage}-*/metrics.jsonl")
+    return [json.loads(line) for line in found.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["shard", "tensor", "pipeline"])
+def test_a_recipe_on_two_processes_is_the_one_on_one(recipe, tmp_path, axis):
+    alone = llamero(recipe, tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    options = ["--set", "parallel.gpus=2", "--set", f"parallel.{axis}=2"]
+    both = llamero(recipe, tmp_path / "two", *options, processes=2)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("What was done") == 1
+    for stage in ("lm", "more"):
+        for one, two in zip(lines(tmp_path / "one", stage), lines(tmp_path / "two", stage), strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert two["tokens"] == one["tokens"]
+    names = [sorted(path.name for path in (tmp_path / run).glob("*-*")) for run in ("one", "two")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_several_devices_without_torchrun_are_refused_with_the_line_to_use(recipe, tmp_path):
+    said = llamero(recipe, tmp_path / "run", "--set", "parallel.gpus=2")
+    assert said.returncode == 2
+    assert "torchrun --nproc-per-node 2 -m llamero.cli run" in said.stderr
