@@ -89,7 +89,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all."""
-        self.sum([])
+        self.sum([0.0])  # of nothing gloo makes no sum, and nobody would wait
 
     def beat(self, step: int) -> None:
         """Tell the others how far this process is."""
