@@ -217,7 +217,11 @@ def import_(
 
     if out_file is not None and out_file.exists():
         raise LlameroError("is there already", where=out_file, fix="name another file")
-    converted = convert(file.read_text(encoding="utf-8"), section, where=str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LlameroError("not a text file in UTF-8", where=file, fix="name a YAML file or a model card") from error
+    converted = convert(text, section, where=str(file))
     if out_file is None:
         out.print(converted.yaml, end="", markup=False, highlight=False, soft_wrap=True)
     else:

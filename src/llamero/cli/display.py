@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from llamero.data.stats import Lengths, SourceStats
     from llamero.pipeline import Outcome, Row
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)  # a place such as `file.jsonl:100:` is no emoji
+err = Console(stderr=True, emoji=False)
 
 
 class _Remaining(TimeRemainingColumn):
@@ -165,6 +165,8 @@ def say_statistics(title: str, parts: Sequence[SourceStats], whole: SourceStats)
         cells += [f"{part.turns:,}", f"{part.quantile(0.5):,}", f"{part.longest:,}"]
         table.add_row(escape(part.name), *cells, end_section=part is parts[-1])
     out.print(table)
+    if whole.unknown_tokens:
+        out.print(f"unknown tokens: {whole.unknown_tokens:,}", highlight=False)
     for label, counts in (("skipped", whole.skipped), ("left out", whole.left_out), ("languages", whole.languages)):
         if counts:
             said = ", ".join(f"{reason} ({number:,})" for reason, number in counts.most_common())

@@ -171,8 +171,8 @@ def load_tests(against: Mapping[str, Path]) -> list[TestText]:
 
 def _folder(name: str, path: Path) -> Iterator[TestText]:
     if name in KNOWN:
-        found = {name: path if (path / name).is_dir() else path.parent}
-        if not (found[name] / name).is_dir():
+        found = {name: path if (path / name).is_dir() else path.absolute().parent}
+        if path.absolute().name != name and not (path / name).is_dir():
             raise LlameroError(f"neither a folder called {name} nor one that holds it", where=path)
     else:
         found = {known: path for known in KNOWN if (path / known).is_dir()}

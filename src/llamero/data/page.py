@@ -75,10 +75,10 @@ class Split(NamedTuple):
         return [_histogram(part, first=bars[0].start, last=bars[-1].stop) for part in self.parts if part.documents]
 
     @property
-    def losses(self) -> list[tuple[str, str, str, int, float]]:
-        """Return source, stage, reason, number, and share of the rows read, for all that was not taken."""
+    def losses(self) -> list[tuple[str, str, str, int]]:
+        """Return source, stage, reason and number (of rows, samples or threads) for all that was not taken."""
         return [
-            (part.name, stage, reason, number, number / max(1, part.rows, part.samples))
+            (part.name, stage, reason, number)
             for part in self.parts
             for stage, reasons in (("before selection", part.left_out), ("after selection", part.skipped))
             for reason, number in reasons.most_common()

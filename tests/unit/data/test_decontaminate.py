@@ -385,3 +385,10 @@ def test_what_is_planted_is_found_and_little_else(real, ngram):
     assert len(texts) > 7000
     assert len(alarms) <= 0.01 * len(texts)
     assert len(alarms) == {13: 8, 8: 13}[ngram]  # each one looked at: docs/decisions/…-overlap-and-duplicates.md
+
+
+def test_the_folder_of_another_benchmark_is_refused(tmp_path):
+    for name in ("gsm8k", "mmlu"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(LlameroError, match="neither a folder called gsm8k"):
+        load_tests({"gsm8k": tmp_path / "mmlu"})

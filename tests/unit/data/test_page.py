@@ -111,7 +111,7 @@ def test_numbers_and_what_was_left_out_are_in_it(tmp_path, out, tokenizer):
     dataset, summary = make(tmp_path, tokenizer, ["the cat", "the dog"])
     page.write(out, summary, dataset, tokenizer, seed=0)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (out / page.PAGE).read_text()))
-    assert "alpaca before selection duplicate 2 50.0%" in text
+    assert "alpaca before selection duplicate 2" in text
     assert "en 4 100.0%" in text
     assert "alpaca alpaca 4 2 2 0" in text  # rows, selected, taken, copies
 
@@ -134,3 +134,9 @@ def test_a_dataset_without_a_document_has_a_page(tmp_path, out, tokenizer):
 @pytest.mark.parametrize(("tokens", "said"), [(1, "1"), (512, "512"), (4096, "4k"), (1 << 20, "1M")])
 def test_powers_of_two_are_said_shortly(tokens, said):
     assert page.short(tokens) == said
+
+
+def test_what_was_left_out_is_counted_without_a_share():
+    part = SourceStats("trees", "oasst", rows=1)
+    part.leave_out("duplicate", 3)
+    assert page.Split("train", [part], part).losses == [("trees", "before selection", "duplicate", 3)]
