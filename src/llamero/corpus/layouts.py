@@ -355,8 +355,13 @@ def oasst_flat(row: Row, options: Options) -> Found:
 @_one
 def text(row: Row) -> Document:
     """`text`; `meta` may name its language and the part of the corpus it is of."""
-    domain = _said(row, "redpajama_set_name", "red_pajama_subset", "source")
-    return Document(fields.text(row, "text"), _language(row), domain)
+    return Document(fields.text(row, "text"), _language(row), _domain(row))
+
+
+def _domain(row: Row) -> str:
+    """Return the part of a corpus: of a path (`cc/2019-30/…/line4`) its first component, of an address nothing."""
+    said = _said(row, "redpajama_set_name", "red_pajama_subset", "subset", "source")
+    return "" if "://" in said else said.strip("/").partition("/")[0]
 
 
 def _language(row: Row) -> str:

@@ -24,6 +24,11 @@ from llamero.text.messages import Message
 
 # -- which documents
 
+TINY = 10
+"""A domain with fewer tokens than so many target lengths decides nothing."""
+FEW = 0.1
+"""Share of the tokens below which the report warns that little is kept."""
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -47,11 +52,24 @@ class Choice:
     domains: dict[int, Domain]
     scarcest: int | None
     """Domain that decided how much of the others is kept; None where there is no token."""
+    tiny: list[int]
+    """Domains that were too small to decide."""
+
+    @property
+    def share(self) -> float:
+        """Return the share of all tokens that is kept."""
+        tokens = sum(domain.tokens for domain in self.domains.values())
+        return sum(domain.kept_tokens for domain in self.domains.values()) / max(1, tokens)
 
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the report; `names` are those of the domains, by number."""
+        scarcest = None if self.scarcest is None else names[self.scarcest]
+        few = scarcest is not None and self.share < FEW
         return {
-            "scarcest": None if self.scarcest is None else names[self.scarcest],
+            "scarcest": scarcest,
+            "kept_share": self.share,
+            "warning": f"only {self.share:.1%} of the tokens are kept, because of domain `{scarcest}`" if few else "",
+            "tiny": [names[number] for number in self.tiny],
             "domains": {names[number]: asdict(domain) for number, domain in self.domains.items()},
         }
 
@@ -63,11 +81,15 @@ def choose(
     *,
     keys: NDArray[np.uint64],
 ) -> Choice:
-    """Return which documents are kept: long ones always, short ones by chance, no domain beyond its share.
+    """Return which documents are kept: more of the long ones, no domain beyond its share.
 
-    The domain of which the chance leaves least decides the total. Each of the others gives up its last documents, the
-    long ones being first, until it has its share of that; what would take it further from its share is passed over.
-    Of a domain that chance would leave without a token, one document is kept.
+    Drawn are all documents from `long_from` on, and of the shorter ones by chance the `short_share`; where that leaves
+    a domain without a token, one document more. The domain of which that leaves least decides which share of every
+    domain is kept. Each takes its drawn documents, the long ones first, and passes over what would take it further
+    from its share: so a long document is never left to chance, but its domain may have no room for it.
+
+    A domain of fewer than `TINY` times `length` tokens decides nothing, unless all are so small; of its documents,
+    drawn or not, those are taken that bring it nearer to its share.
 
     Args:
         tokens: Of each document, estimated or counted.
@@ -77,16 +99,26 @@ def choose(
     """
     long = tokens >= config.long_from
     drawn = long | draw.below(keys, config.short_share)
-    order = np.lexsort((keys, ~long, ~drawn))  # the drawn ones first, of them the long ones
-    members = {int(number): order[domains[order] == number] for number in np.unique(domains)}
+    order = np.lexsort((keys, ~long, ~drawn, domains))  # by domain; of each the drawn ones first, of them the long ones
+    numbers, starts = np.unique(domains[order], return_index=True)
+    members = dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=False))  # no document: one empty part
     whole = {number: int(tokens[those].sum()) for number, those in members.items()}
-    left = {number: those[: _drawn(those, tokens, drawn)] for number, those in members.items() if whole[number]}
-    parts = {number: tokens[those].sum() / whole[number] for number, those in left.items()}
+    tiny = [number for number in members if 0 < whole[number] < TINY * config.length]
+    if len(tiny) == sum(map(bool, whole.values())):
+        tiny = []
+    small = set(tiny)
+    left = {
+        number: those if number in small else those[: _drawn(those, tokens, drawn)]
+        for number, those in members.items()
+        if whole[number]
+    }
+    parts = {number: tokens[those].sum() / whole[number] for number, those in left.items() if number not in small}
     scarcest = min(parts, key=lambda number: parts[number], default=None)
     kept = np.zeros(tokens.size, dtype=np.bool_)
     for number, those in left.items():
-        kept[_cut_back(those, tokens, min(parts.values()) * whole[number])] = True
-    return Choice(kept, _report(tokens, members, kept), scarcest)
+        assert scarcest is not None  # a domain has a token
+        kept[_cut_back(those, tokens, parts[scarcest] * whole[number])] = True
+    return Choice(kept, _report(tokens, members, kept), scarcest, tiny)
 
 
 def _drawn(members: NDArray[np.int64], tokens: NDArray[np.int64], drawn: NDArray[np.bool_]) -> int:

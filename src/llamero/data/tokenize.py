@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +19,10 @@ from llamero.corpus import megatron
 from llamero.corpus.samples import Chat, Document, LeftOut, Sample
 from llamero.data import draw
 from llamero.data.config import LengthenConfig, MixtureConfig, SourceConfig
-from llamero.data.lengthen import ChatCounts, long_chats
+from llamero.data.lengthen import ChatCounts, Span, long_chats
 from llamero.data.read import Fault, Parsed, Parser, Reading, Unit, raised, skips
 from llamero.data.stats import SourceStats
-from llamero.text.messages import SCAFFOLD, Role
+from llamero.text.messages import SCAFFOLD, Message, Role
 from llamero.text.render import RenderedArrays, render_batch
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,6 +31,10 @@ T = TypeVar("T")
 SPLITS = ("train", "val")
 CHARACTERS_PER_TOKEN = 3.68
 """What lengths are estimated by before they are counted (Fu et al. 2024, arXiv:2402.10171)."""
+MEASURED = 64
+"""Dialogues that a source's characters per token are counted on."""
+MARGIN = 0.1
+"""Share of a long chat's length left free, for text that takes more tokens than what was counted."""
 CHUNK_UNITS = 256
 CHUNK_BYTES = 1 << 19
 """Where a chunk ends; never by the number of workers, so that any number makes the same files."""
@@ -44,12 +49,18 @@ class Chunk:
         first: Number of the first unit within the source.
         units: Rows, or what became of them already.
         fates: Of each of their samples: an index into `FATES`; None where nothing was selected, and all are trained on.
+        spans: Of each unit that is a long chat: which of its messages are from which dialogue.
+        rows: Rows read for it, where its units were made of several.
     """
 
     source: int
     first: int
     units: tuple[Unit, ...]
     fates: NDArray[np.uint8] | None = None
+    spans: tuple[list[Span] | None, ...] = ()
+    """Of each unit the messages that are from one dialogue, where it is a long chat; empty where none is."""
+    rows: int | None = None
+    """Rows that were read for it; where it is None, as many as its units say."""
 
     @property
     def size(self) -> int:
@@ -104,6 +115,7 @@ def lengthened(
     *,
     seed: int,
     counts: ChatCounts,
+    measure: Callable[[Sequence[Chat]], float] = lambda _: CHARACTERS_PER_TOKEN,
 ) -> Iterator[Chunk]:
     """Yield the chunks of a source of chats with those for training made into long ones; what else there is stays.
 
@@ -114,36 +126,72 @@ def lengthened(
         config: How long, and how often earlier dialogues are asked about.
         seed: Decides what is asked.
         counts: Grows by what became of the dialogues.
+        measure: Returns the characters of dialogues per token (`Encoder.characters_per_token`), which the first of them
+            are given to; an estimate for English without it.
     """
-    aside: deque[tuple[Parsed, int | None]] = deque()
+    aside: deque[tuple[Parsed, int | None, list[Span] | None]] = deque()
+    read = given = 0
 
     def dialogues() -> Iterator[tuple[str, Chat]]:
+        nonlocal read
         for chunk in known:
             assert chunk.fates is not None  # whoever lengthens has selected
             fates: Iterator[int] = iter(chunk.fates.tolist())
             for parsed in map(parse, chunk.units):
+                read += parsed.rows
                 for item in parsed.found:
                     fate = None if isinstance(item, LeftOut | Fault) else next(fates)
                     if isinstance(item, Chat) and fate == FATES.index("train"):
                         yield parsed.where, item
                     else:
-                        aside.append((Parsed(parsed.where, (item,)), fate))
+                        aside.append((Parsed(parsed.where, (item,)), fate, None))
 
-    def units() -> Iterator[tuple[Parsed, int | None]]:
-        characters = int(config.length * CHARACTERS_PER_TOKEN)
+    def units() -> Iterator[tuple[Parsed, int | None, list[Span] | None]]:
+        coming = dialogues()
+        first = list(islice(coming, MEASURED))
+        ratio = measure([dialogue for _, dialogue in first])
         long = long_chats(
-            dialogues(), characters=characters, recall_every=config.recall_every, seed=seed, counts=counts
+            chain(first, coming),
+            characters=max(1, int(config.length * ratio * (1 - MARGIN))),
+            recall_every=config.recall_every,
+            seed=seed,
+            counts=counts,
         )
         for chat, spans in long:
-            made_of = ", ".join(f"{span.label} (messages {span.start} to {span.stop - 1})" for span in spans)
-            yield Parsed(made_of, (chat,)), FATES.index("train")
+            where = f"{spans[0].label} to {spans[-1].label}"
+            yield Parsed(where, (chat,)), FATES.index("train"), spans
             while aside:
                 yield aside.popleft()
         yield from aside
 
     for first, some in _batches(units(), lambda pair: _size(pair[0])):
-        fates = [fate for _, fate in some if fate is not None]
-        yield Chunk(number, first, tuple(unit for unit, _ in some), np.asarray(fates, dtype=np.uint8))
+        units_, fates, spans = zip(*some, strict=True)
+        known_fates = np.asarray([fate for fate in fates if fate is not None], dtype=np.uint8)
+        yield Chunk(number, first, units_, known_fates, spans, rows=read - given)
+        given = read
+    if read > given:
+        yield Chunk(number, 0, (), np.zeros(0, dtype=np.uint8), rows=read - given)
+
+
+def in_tokens(spans: Sequence[Span], messages: Sequence[Message], roles: NDArray[np.uint8]) -> list[Span]:
+    """Return spans of messages as spans of tokens: each from where its first round begins to where the next begins.
+
+    A round begins where the assistant has ended; what a template puts before the first message is of the first span.
+    """
+    said = roles % SCAFFOLD == Role.ASSISTANT
+    begins = [0, *(np.flatnonzero(said[:-1] & ~said[1:]) + 1).tolist(), roles.size]
+    answers = [0, *np.cumsum([message.role == "assistant" for message in messages]).tolist()]
+
+    def at(message: int) -> int:
+        return roles.size if message == len(messages) else begins[answers[message]]
+
+    return [Span(at(span.start), at(span.stop), span.label, 0) for span in spans]
+
+
+def _rows(chunk: Chunk) -> int:
+    if chunk.rows is not None:
+        return chunk.rows
+    return sum(unit.rows if isinstance(unit, Parsed) else 1 for unit in chunk.units)
 
 
 @dataclass(frozen=True)
@@ -203,6 +251,8 @@ class Part:
     roles: list[NDArray[Any]] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     """Where each document was found."""
+    spans: list[list[Span] | None] = field(default_factory=list)
+    """Of each the tokens that are from one dialogue, where it is a long chat."""
     lines: list[str] = field(default_factory=list)
     """JSON lines, if they are wanted."""
 
@@ -255,7 +305,7 @@ class Encoder:
         """Return the documents of a chunk, by split, and counts of everything in it."""
         name = self._mixture.sources[chunk.source].source
         parts = {split: Part(SourceStats(name)) for split in SPLITS}
-        parts["train"].stats.rows = sum(unit.rows if isinstance(unit, Parsed) else 1 for unit in chunk.units)
+        parts["train"].stats.rows = _rows(chunk)
         chosen: list[tuple[Placed, Part]] = []
         for number, placed in enumerate(self._parsing(chunk, parts["train"].stats)):
             fate = "train" if chunk.fates is None else FATES[chunk.fates[number]]
@@ -278,6 +328,16 @@ class Encoder:
         rendered = iter(render_batch(chats, self._template, self.tokenizer) if chats else ())
         for each in placed:
             yield next(rendered) if isinstance(each.sample, Chat) else self._document(each.sample.text)
+
+    def characters_per_token(self, chats: Sequence[Chat]) -> float:
+        """Return characters of messages per token, the template's included; an estimate where there are none."""
+        characters = tokens = 0
+        found = render_batch([chat.messages for chat in chats], self._template, self.tokenizer) if chats else ()
+        for chat, rendered in zip(chats, found, strict=True):
+            if not isinstance(rendered, LlameroError):
+                characters += sum(len(message.text) for message in chat.messages)
+                tokens += rendered.ids.size
+        return characters / tokens if characters and tokens else CHARACTERS_PER_TOKEN
 
     def _document(self, text: str) -> RenderedArrays:
         """Return a text with its beginning, if the tokenizer puts one, and its end."""
@@ -311,6 +371,8 @@ class Encoder:
         part.ids += [encoded.ids.astype(self.dtype, copy=False)] * copies
         part.roles += [roles] * copies
         part.labels += [placed.where] * copies
+        spans = chunk.spans[placed.unit - chunk.first] if chunk.spans else None
+        part.spans += [in_tokens(spans, sample.messages, roles) if spans and chat else None] * copies
         if self._mixture.jsonl:
             text = encoded.text if chat else sample.text
             part.lines += [json.dumps({"text": text}, ensure_ascii=False) + "\n"] * copies

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamero.core import files
 from llamero.corpus import megatron
@@ -26,6 +27,8 @@ ROLE_DTYPE = np.uint16
 """Role files are what Megatron takes for a vocabulary of 16: u16."""
 SPANS = "spans.jsonl"
 CHECKPOINT = "tokenized-so-far.json"
+LONG = "long documents"
+"""Name under which the documents of a lengthened set are counted; they are made of several sources."""
 SECONDS = 10.0
 """Between two checkpoints."""
 
@@ -40,6 +43,7 @@ class DatasetWriter:
         empty: Makes the counts of a source before anything is counted, by split and number.
         sources: How many there are.
         jsonl: Also write the rendered samples.
+        decode: Makes text of tokens, for the samples of long documents; needed with `jsonl` and `length`.
         length: Make training documents of so many tokens of shorter ones; what each is made of goes to `spans.jsonl`.
     """
 
@@ -53,6 +57,7 @@ class DatasetWriter:
         sources: int,
         jsonl: bool,
         length: int | None = None,
+        decode: Callable[[NDArray[np.integer[Any]]], str] | None = None,
     ) -> None:
         self._out = out
         self._saved = time.monotonic()
@@ -82,13 +87,22 @@ class DatasetWriter:
         self._lines = {key: _open_at(out / name, sizes.get(key, 0)) for key, name in names.items()}
         waiting = None if length is None or not before else _waiting(out / _waiting_name(self.chunks))
         self._joiner = None if length is None else Joiner(length, waiting)
+        self._length, self._decode = length or 0, decode
+        self.overlong: int = before.get("overlong", 0)
+        """Long chats of more tokens than were asked for."""
+        went_in = before.get("went_in", [])
+        self.went_in: list[dict[str, Any]] = went_in or [{} for _ in range(sources)]
+        """Of each source the samples, copies and tokens that long documents and chats were made of."""
+        if length is not None and not before:
+            self.counts["train"].append(SourceStats(LONG))
 
     def add(self, encoded: Encoded) -> int:
         """Append a chunk and return how many tokens it had."""
         tokens = sum(self._append(split, part) for split, part in encoded.parts.items())
         for split, part in encoded.parts.items():
             whole = self.counts[split][encoded.source]
-            more = stats.total([whole, part.stats])
+            counted = self._before_joining(encoded.source, part.stats) if split == "train" else part.stats
+            more = stats.total([whole, counted])
             self.counts[split][encoded.source] = replace(
                 more, name=whole.name, layout=whole.layout, fraction=whole.fraction
             )
@@ -99,14 +113,24 @@ class DatasetWriter:
             self.checkpoint()
         return tokens
 
+    def _before_joining(self, source: int, part: SourceStats) -> SourceStats:
+        """Return what stays counted for a source: of a lengthened set, what is read and not what is written."""
+        if self._joiner is None:
+            return part
+        went_in = self.went_in[source]
+        for key in ("accepted", "repeated", "tokens"):
+            went_in[key] = went_in.get(key, 0) + getattr(part, key)
+        kept = {key: getattr(part, key) for key in ("rows", "left_out", "samples", "skipped", "skipped_tokens")}
+        return SourceStats(part.name, **kept, languages=part.languages, unknown_tokens=part.unknown_tokens)
+
     def _append(self, split: str, part: Part) -> int:
         if not part.ids:
             return 0
         tokens = sum(ids.size for ids in part.ids)
-        if split in self._lines:
-            self._lines[split].write("".join(part.lines).encode())
         if split == "train" and self._joiner is not None:
             part = self._lengthened(part, self._joiner)
+        if split in self._lines:
+            self._lines[split].write("".join(part.lines).encode())
         if part.ids:
             lengths = [ids.size for ids in part.ids]
             self._pairs[split, "text"].add_many(np.concatenate(part.ids), lengths)
@@ -115,16 +139,32 @@ class DatasetWriter:
 
     def _lengthened(self, part: Part, joiner: Joiner) -> Part:
         """Return the long documents that a chunk completes, and its chats, which are long already."""
-        made = Part(part.stats)
+        made = Part(part.stats, lines=[] if self._decode else part.lines)
         number = self._pairs["train", "text"].position.documents
-        for ids, roles, label in zip(part.ids, part.roles, part.labels, strict=True):
+        lines = iter(part.lines)
+        parts = zip(part.ids, part.roles, part.labels, part.spans, strict=True)
+        for ids, roles, label, spans in parts:
             chat = (roles % SCAFFOLD != Role.TEXT).any()
-            for piece in [Piece(ids, roles, [Span(0, ids.size, label, 0)])] if chat else joiner.add(ids, roles, label):
+            line = next(lines, "")
+            whole = Piece(ids, roles, spans or [Span(0, ids.size, label, 0)])
+            self.overlong += bool(chat) and ids.size > self._length
+            for piece in [whole] if chat else joiner.add(ids, roles, label):
+                self._count(piece)
+                if self._decode is not None and "train" in self._lines:
+                    text = json.dumps({"text": self._decode(piece.ids)}, ensure_ascii=False) + "\n"
+                    made.lines.append(line if chat else text)
                 made.ids.append(piece.ids)
                 made.roles.append(piece.roles)
                 said = {"document": number + len(made.ids) - 1, "spans": piece.spans}
                 self._lines["spans"].write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
         return made
+
+    def _count(self, piece: Piece) -> None:
+        """Count a document as it is written; its first token follows nothing, so it is not learned."""
+        said = piece.roles % SCAFFOLD == Role.ASSISTANT
+        turns = int(np.count_nonzero(said[1:] & ~said[:-1])) + int(said[:1].sum())
+        learned = int(np.isin(piece.roles[1:], (Role.ASSISTANT, Role.TEXT)).sum())
+        self.counts["train"][-1].add(piece.ids.size, learned, turns=turns)
 
     def checkpoint(self) -> None:
         """Force everything so far to disk, and note how far it is."""
@@ -135,6 +175,8 @@ class DatasetWriter:
             "chunks": self.chunks,
             "units": self.units,
             "size": self.size,
+            "overlong": self.overlong,
+            "went_in": self.went_in,
             "positions": {f"{split}-{kind}": pair.checkpoint() for (split, kind), pair in self._pairs.items()},
             "lines": {split: file.tell() for split, file in self._lines.items()},
             "counts": {split: [part.to_json() for part in parts] for split, parts in self.counts.items()},

@@ -195,6 +195,10 @@ DETECTED = {
         {"text": "Once.", "meta": {"language": [{"name": "C", "bytes": "3"}], "source": "github"}},
         Document("Once.", domain="github"),
     ),
+    "a page of CommonCrawl": (
+        {"text": "Once.", "source": "cc/2019-30/en_head_0000.json.gz/line20"},
+        Document("Once.", domain="cc"),
+    ),
     "text with a note": ({"text": "Once.", "meta": "{a note}"}, Document("Once.")),
 }
 

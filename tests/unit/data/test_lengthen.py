@@ -32,7 +32,13 @@ def plainly_chosen(tokens, domains, config, keys):
             drawn = long + [n for n in short if float(keys[n]) < config.short_share * 2**64]
             taken[domain] = drawn or short[:1]
             whole[domain] = sum(tokens[n] for n in those)
-    part = min((sum(tokens[n] for n in those) / whole[domain] for domain, those in taken.items()), default=0.0)
+    tiny = {domain for domain in whole if whole[domain] < 10 * config.length}
+    tiny = set() if len(tiny) == len(whole) else tiny
+    part = min((sum(tokens[n] for n in taken[d]) / whole[d] for d in taken if d not in tiny), default=0.0)
+    for domain in tiny:
+        those = sorted((n for n in range(len(tokens)) if domains[n] == domain and tokens[n]), key=lambda n: keys[n])
+        short = [n for n in those if n not in taken[domain]]
+        taken[domain] += short
     kept = []
     for domain, those in taken.items():
         left = part * whole[domain]
@@ -84,6 +90,29 @@ def test_no_domain_is_further_from_its_share_than_half_a_document(found):
     longest = max(count for count, _, _ in found)
     for number, domain in choice.domains.items():
         assert abs(domain.kept_tokens - part * tokens[number]) <= longest / 2
+
+
+def test_a_tiny_domain_does_not_decide_and_the_report_says_so():
+    found = [(90, 0, n << 54) for n in range(1000)] + [(70, 1, 2**64 - 1)]
+    choice = chosen(found)
+    assert (choice.scarcest, choice.tiny) == (0, [1])
+    assert choice.domains[0].kept_documents == 512
+    assert choice.to_json(["web", "note"])["tiny"] == ["note"]
+
+
+def test_the_report_warns_where_little_is_kept():
+    found = [(90, 0, n << 54) for n in range(1000)]
+    config = LengthenConfig(length=8, long_from=100, short_share=0.01)
+    said = chosen(found, config).to_json(["web"])
+    assert said["warning"] == "only 1.1% of the tokens are kept, because of domain `web`"
+    assert not chosen(found).to_json(["web"])["warning"]
+
+
+def test_forty_thousand_domains_are_no_problem():
+    count = 40_000
+    tokens, domains = np.full(count, 500), np.arange(count)
+    choice = choose(tokens, domains, CONFIG, keys=draw.keys(1, "x", "lengthen", np.arange(count)))
+    assert (len(choice.domains), choice.share) == (count, 1.0)
 
 
 def corpus(count=20_000):

@@ -8,7 +8,7 @@ import pytest
 
 from llamero.corpus import megatron
 from llamero.corpus.dataset import Dataset
-from llamero.data import write
+from llamero.data import inspect, write
 from llamero.data.config import MixtureConfig
 from llamero.data.run import tokenize_mixture
 from llamero.text.messages import SCAFFOLD, Role
@@ -146,8 +146,33 @@ def test_long_documents_have_the_length_and_their_spans_are_true(make, tokenizer
             assert ids[start:stop].tolist() == original[offset : offset + stop - start]
     assert summary["lengthen"]["domains"].keys() == {"web", "books"}
     written = sum(map(len, tokens)) + summary["lengthen"]["tokens_left_over"]
-    assert written == summary["train"]["total"]["tokens"]
+    assert written - summary["lengthen"]["tokens_left_over"] == summary["train"]["total"]["tokens"]
     assert len(dataset.tokens("val")) == 20  # as they were
+
+
+def test_the_statistics_of_a_lengthened_set_are_those_of_its_files(make):
+    rows = {"a": list(documents(300)), "b": rows_of(40)}
+    summary, dataset = make(rows, lengthen={"length": 512, "long_from": 300, "short_share": 0.3})
+    lengths = list(map(len, dataset.tokens("train")))
+    total = summary["train"]["total"]
+    assert (total["tokens"], total["accepted"]) == (sum(lengths), len(lengths))
+    assert (total["min_tokens"], total["max_tokens"]) == (min(lengths), max(lengths))
+    assert sum(total["lengths"].values()) == len(lengths)
+    assert [(part["name"], part["rows"]) for part in summary["train"]["sources"]][:2] == [("a", 300), ("b", 40)]
+    assert inspect.draw(dataset, "train", summary, seed=1, count=3).keys() == {write.LONG}
+
+
+def test_spans_of_a_long_chat_are_tokens_of_its_dialogues(make, tokenizer, tmp_path):
+    _, dataset = make({"a": rows_of(30)}, lengthen={"length": 900, "recall_every": 100})
+    for said in map(json.loads, (tmp_path / "out/spans.jsonl").read_text().splitlines()):
+        ids = dataset.tokens("train")[said["document"]]
+        assert (said["spans"][0][0], said["spans"][-1][1]) == (0, len(ids))
+        for start, stop, label, _ in said["spans"]:
+            number = int(label.rpartition(":")[2]) - 1
+            text = tokenizer.decode(ids[start:stop].tolist(), skip_special=False)
+            assert text.count("the cat") >= 1
+            assert f"the cat {number}" in text
+            assert len(label) < 200
 
 
 def test_long_chats_are_made_of_dialogues_and_ask_about_earlier_ones(make, tokenizer):
