@@ -38,7 +38,9 @@ class Batch:
     weights: Float[Tensor, " learned"]
     """How much it counts."""
     documents: tuple[int, ...]
-    """Number of each document in its dataset, for messages."""
+    """Number of each document in its dataset."""
+    starts: tuple[int, ...]
+    """First token of each in its document: not 0 for the later pieces of a split one."""
 
     @property
     def tokens(self) -> int:
@@ -125,7 +127,7 @@ class Batches:
 
     def assemble(self, rows: Sequence[int]) -> Batch:
         """Return the documents of some rows as one batch."""
-        ids, targets, weights, lengths, documents = [], [], [], [], []
+        ids, targets, weights, lengths = [], [], [], []
         pieces = self._pieces.where(np.concatenate([self._rows[row] for row in rows]))
         for document, start, stop in zip(*(numbers.tolist() for numbers in pieces), strict=True):
             piece_ids = np.asarray(self._tokens[document][start:stop], dtype=np.int64)
@@ -133,7 +135,6 @@ class Batches:
             targets.append(piece_ids[1:])
             weights.append(self._weight[np.asarray(self._roles[document][start + 1 : stop])])
             lengths.append(len(piece_ids) - 1)
-            documents.append(document)
         weight = np.concatenate(weights)
         learned = np.flatnonzero(weight)
         return Batch(
@@ -142,7 +143,8 @@ class Batches:
             learned=torch.from_numpy(learned),
             targets=torch.from_numpy(np.concatenate(targets)[learned]),
             weights=torch.from_numpy(weight[learned]),
-            documents=tuple(documents),
+            documents=tuple(pieces.document.tolist()),
+            starts=tuple(pieces.start.tolist()),
         )
 
     def _row(self, index: int) -> int:

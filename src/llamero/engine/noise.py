@@ -37,6 +37,6 @@ def noise_of(
     wanted = rates(stage)
     if not any(wanted):
         return None
-    keys = token_keys(batch.documents, batch.lengths, seed=seed, step=step)
+    keys = token_keys(batch.documents, batch.lengths, seed=seed, step=step, starts=batch.starts)
     sizes = torch.tensor(batch.lengths)
     return Noise(keys.to(device), sizes.repeat_interleave(sizes).to(device), wanted, layers)

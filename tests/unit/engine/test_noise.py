@@ -178,3 +178,13 @@ def test_a_decay_longer_than_the_epochs_is_refused(make_model, make_stage, make_
     stage = make_stage(epochs=1, schedule="wsd", decay=1000)
     with pytest.raises(LlameroError, match=r"1000 steps of `decay` are longer than the stage, which has \d"):
         run(make_model(), make_data(), stage, tmp_path)
+
+
+def test_pieces_of_one_document_have_keys_of_their_own(make_data, make_stage):
+    stage = make_stage(sequence=8, overlong="split", objective="lm", dropout={"hidden": 0.1})
+    batches = make_data(20, texts=1.0).batches(stage)
+    batch = batches.assemble(range(len(batches)))
+    assert any(batch.starts)
+    noise = noise_of(batch, stage, layers=2, seed=0, step=0, device=torch.device("cpu"))
+    assert noise is not None
+    assert len(noise.keys.unique()) == len(batch.ids)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from llamero.checkpoint import hf
 from llamero.core import artifact, files
