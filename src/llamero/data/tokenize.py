@@ -166,11 +166,13 @@ def lengthened(
 
     for first, some in _batches(units(), lambda pair: _size(pair[0])):
         units_, fates, spans = zip(*some, strict=True)
-        known_fates = np.asarray([fate for fate in fates if fate is not None], dtype=np.uint8)
-        yield Chunk(number, first, units_, known_fates, spans, rows=read - given)
+        yield Chunk(number, first, units_, _of_samples(fates), spans, rows=read - given)
         given = read
-    if read > given:
-        yield Chunk(number, 0, (), np.zeros(0, dtype=np.uint8), rows=read - given)
+    yield Chunk(number, 0, (), np.zeros(0, dtype=np.uint8), rows=read - given)  # of which nothing came
+
+
+def _of_samples(fates: Iterable[int | None]) -> NDArray[np.uint8]:
+    return np.asarray([fate for fate in fates if fate is not None], dtype=np.uint8)
 
 
 def in_tokens(spans: Sequence[Span], messages: Sequence[Message], roles: NDArray[np.uint8]) -> list[Span]:

@@ -8,10 +8,15 @@ import pytest
 
 from llamero.corpus import megatron
 from llamero.corpus.dataset import Dataset
+from llamero.corpus.samples import Chat
 from llamero.data import inspect, write
-from llamero.data.config import MixtureConfig
+from llamero.data.config import LengthenConfig, MixtureConfig
+from llamero.data.lengthen import ChatCounts
+from llamero.data.read import Parsed
 from llamero.data.run import tokenize_mixture
-from llamero.text.messages import SCAFFOLD, Role
+from llamero.data.tokenize import Chunk, Encoder, Parsing, lengthened
+from llamero.text.messages import SCAFFOLD, Message, Role
+from llamero.text.render import render_batch
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "log", "times", "said", "user", "to", *map(str, range(10))]
 
@@ -160,6 +165,28 @@ def test_the_statistics_of_a_lengthened_set_are_those_of_its_files(make):
     assert sum(total["lengths"].values()) == len(lengths)
     assert [(part["name"], part["rows"]) for part in summary["train"]["sources"]][:2] == [("a", 300), ("b", 40)]
     assert inspect.draw(dataset, "train", summary, seed=1, count=3).keys() == {write.LONG}
+
+
+def test_characters_per_token_are_those_of_the_tokenizer_and_decide_the_length_of_chats(tokenizer_files, tokenizer):
+    mixture = MixtureConfig.model_validate({"sources": [{"toy_world": "conversations", "count": 1}]})
+    encoder = Encoder(mixture, Parsing([], []), tokenizer=tokenizer_files, template="chatml", seed=0)
+    chats = [
+        Chat((Message("user", row["instruction"]), Message("assistant", row["output"])))
+        for row in rows_of(200, words=60)
+    ]
+    units = tuple(Parsed(f"row {n}", (chat,)) for n, chat in enumerate(chats))
+    known = [Chunk(0, 0, units, np.zeros(200, np.uint8))]
+    how = LengthenConfig(length=1500)
+
+    def parse(unit):
+        return unit
+
+    found = lengthened(0, known, parse, how, seed=0, counts=ChatCounts(), measure=encoder.characters_per_token)
+    long = [item.messages for chunk in found for unit in chunk.units for item in unit.found]
+    sizes = [each.ids.size for each in render_batch(long, "chatml", tokenizer)]
+    assert len(sizes) > 5
+    assert np.mean([size <= how.length for size in sizes]) >= 0.95
+    assert np.median(sizes) > 0.6 * how.length
 
 
 def test_spans_of_a_long_chat_are_tokens_of_its_dialogues(make, tokenizer, tmp_path):
