@@ -49,11 +49,14 @@ def check(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> Non
     """
     from llamero import pipeline
     from llamero.core import artifact
+    from llamero.data.read import refuse_unreadable
     from llamero.recipe.load import load
 
     parsed = load(recipe, set_)
     target = out_dir or Path("runs") / parsed.name
     plan = pipeline.Plan(parsed, recipe.parent, target)
+    for mixture in parsed.data.mixtures.values():
+        refuse_unreadable(mixture, recipe.parent)
     table = Table("stage", "digest", "state", title=f"{recipe}: {parsed.name}")
     for stage in plan.stages:
         for name, identity in stage.identities.items():

@@ -425,6 +425,9 @@ compares the two), a row in the test."""
 def detect(row: Row, *, where: str) -> str:
     """Return the layout whose keys a row has; of two, the one that asks for more than all that the other asks for.
 
+    `text` beside the keys of a conversation is a copy of it, and whoever has a chosen and a rejected side means them. A
+    prompt in Alpaca's wrapper is taken out of it.
+
     Raises:
         LlameroError: No layout fits, or several do.
     """
@@ -436,6 +439,10 @@ def detect(row: Row, *, where: str) -> str:
         )
     fitting = [(name, keys) for name, layout in LAYOUTS.items() for keys in layout.keys if keys <= row.keys()]
     best = list(dict.fromkeys(name for name, keys in fitting if not any(keys < others for _, others in fitting)))
+    best = [name for name in best if name != "text"] or best
+    best = ["preference"] if "preference" in best else best
+    if best == ["pair"] and alpaca_unwrap(str(row.get("prompt"))):
+        return "alpaca-rendered"
     if len(best) != 1:
         found = f"fit {' and '.join(best)}" if best else "fit no known layout"
         raise LlameroError(

@@ -185,9 +185,10 @@ class LengthenConfig(Strict):
     length: int = Field(gt=0)
     """Tokens of a document."""
     long_from: int = Field(default=4096, gt=0)
-    """Tokens from which a document counts as long and is always kept."""
+    """Tokens from which a document counts as long: drawn always, and before shorter ones; only its domain's share can
+    leave it out."""
     short_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of the shorter documents that is kept."""
+    """Share of the shorter documents that is drawn; a domain's share can leave out some of them."""
     recall_every: int = Field(default=4, gt=0)
     """Dialogues of a long chat between two questions about earlier ones."""
 

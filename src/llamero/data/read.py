@@ -15,7 +15,7 @@ from llamero.corpus.layouts import Layout, Options
 from llamero.corpus.refusals import Refusals
 from llamero.corpus.rows import Raw
 from llamero.corpus.samples import BadRowError, Chat, Document, LeftOut, Row, Sample
-from llamero.data.config import FileSource, SourceConfig, ToyWorldSource
+from llamero.data.config import FileSource, MixtureConfig, SourceConfig, ToyWorldSource
 from llamero.text.messages import as_messages
 
 TREES = ("oasst", "oasst-flat")
@@ -274,3 +274,22 @@ def _hub_rows(source: FileSource, split: str) -> Iterator[Raw]:
 def _with_split(row: Row, source: FileSource, split: str) -> Row:
     """Return a row that says its language, where the splits of a data set are languages."""
     return {"language": split, **row} if "," in source.split else dict(row)
+
+
+def refuse_unreadable(mixture: MixtureConfig, root: Path) -> None:
+    """Look at the first row of every source that lies here, and for every file that a mixture names.
+
+    Raises:
+        LlameroError: One is missing, or is not what the mixture says.
+    """
+    for role, path in mixture.files.items():
+        if not (root / path).exists():
+            raise LlameroError(f"there is no such file ({role})", where=root / path)
+    for source in mixture.sources:
+        if isinstance(source, FileSource) and source.path is not None:
+            try:
+                Reading(source, root)
+            except LlameroError as error:
+                raise LlameroError(
+                    f"source `{source.source}`: {error.problem}", where=error.where, fix=error.fix
+                ) from error

@@ -71,9 +71,10 @@ def tokenize_mixture(
         sources=len(mixture.sources),
         jsonl=mixture.jsonl,
         length=mixture.lengthen.length if mixture.lengthen else None,
+        decode=lambda ids: encoder.tokenizer.decode(ids.tolist(), skip_special=False),
     ) as written:
         chats = ChatCounts()
-        todo = islice(_chunks(mixture, readings, selection, seed, chats), written.chunks, None)
+        todo = islice(_chunks(mixture, readings, selection, seed, chats, encoder), written.chunks, None)
         with progress.Line(
             f"tokenize {name}", total=_size(mixture, root), unit="kB", done=written.size // 1000
         ) as line:
@@ -92,7 +93,12 @@ def tokenize_mixture(
         )
     summary: dict[str, Any] = {"mixture": name, **({} if selection is None else selection.report)}
     if mixture.lengthen is not None:
-        summary["lengthen"] |= {"chats": chats.to_json(), "tokens_left_over": written.left_over}
+        names = [source.source for source in mixture.sources]
+        summary["lengthen"] |= {
+            "chats": chats.to_json() | {"overlong": written.overlong},
+            "tokens_left_over": written.left_over,
+            "went_in": dict(zip(names, written.went_in, strict=True)),
+        }
     title = mixture.filename_prefix or name
     for split in SPLITS:
         files.write_atomically(
@@ -110,7 +116,12 @@ def tokenize_mixture(
 
 
 def _chunks(
-    mixture: MixtureConfig, readings: Sequence[Reading], selection: Selection | None, seed: int, counts: ChatCounts
+    mixture: MixtureConfig,
+    readings: Sequence[Reading],
+    selection: Selection | None,
+    seed: int,
+    counts: ChatCounts,
+    encoder: Encoder,
 ) -> Iterator[Chunk]:
     """Yield all chunks of a mixture, each with the fates of its samples."""
     for number, reading in enumerate(readings):
@@ -118,7 +129,10 @@ def _chunks(
         if mixture.lengthen is None or reading.of_documents:
             yield from known
         else:
-            yield from lengthened(number, known, reading.parse, mixture.lengthen, seed=seed, counts=counts)
+            measure = encoder.characters_per_token
+            yield from lengthened(
+                number, known, reading.parse, mixture.lengthen, seed=seed, counts=counts, measure=measure
+            )
 
 
 def _size(mixture: MixtureConfig, root: Path) -> int | None:

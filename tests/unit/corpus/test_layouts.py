@@ -13,6 +13,7 @@ from llamero.corpus import layouts, rows
 from llamero.corpus.layouts import LAYOUTS, Options
 from llamero.corpus.samples import BadRowError, Chat, Document, LeftOut
 from llamero.text.messages import Message
+from llamero.text.system_messages import ALPACA
 
 SHARED = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).parents[4] / "shared")) / "data"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data folder")
@@ -303,7 +304,7 @@ def test_an_empty_question_in_sharegpt_says_to_go_on():
     [
         ({"a": 1}, "the keys a fit no known layout"),
         ({}, "fit no known layout"),
-        ({"instruction": "I", "output": "O", "text": "T"}, "fit alpaca and text"),
+        ({"instruction": "I", "output": "O", "messages": []}, "fit messages and alpaca"),
     ],
 )
 def test_what_cannot_be_recognised_must_be_stated(row, says):
@@ -322,6 +323,10 @@ FLAT = dict.fromkeys(("message_id", "parent_id", "text", "role", "message_tree_i
         ({"conversations": []}, "sharegpt"),
         ({"conversations": [], "chosen": {}, "rejected": {}}, "preference"),
         (FLAT, "oasst-flat"),
+        ({"instruction": "I", "output": "O", "text": "T"}, "alpaca"),
+        ({"prompt": "P", "chosen": [], "rejected": [], "messages": []}, "preference"),
+        ({"prompt": "P", "answer": "A"}, "pair"),
+        ({"prompt": f"{ALPACA}\n\n### Instruction:\nP\n\n### Response:", "answer": "A"}, "alpaca-rendered"),
     ],
 )
 def test_of_two_layouts_the_more_specific_is_recognised(row, layout):

@@ -8,8 +8,8 @@ import pytest
 
 from llamero.core.errors import LlameroError
 from llamero.corpus.samples import Chat, Document
-from llamero.data.config import FileSource, ToyWorldSource
-from llamero.data.read import Parsed, Reading
+from llamero.data.config import FileSource, MixtureConfig, ToyWorldSource
+from llamero.data.read import Parsed, Reading, refuse_unreadable
 
 GOOD = {"instruction": "I", "output": "O"}
 
@@ -201,3 +201,25 @@ def test_languages_and_refusals_are_left_out_by_reason(tmp_path):
 def test_replies_are_ranked_in_trees_only(tmp_path):
     with pytest.raises(LlameroError, match="`top_k` and `synthetic` are for message trees"):
         reading(tmp_path, GOOD, top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"sources": [{"source": "a", "path": "gone.jsonl"}]}, r"gone\.jsonl: there is no such file \(source a\)"),
+        ({"sources": [{"source": "a", "path": "b.jsonl"}]}, r"b\.jsonl:1: source `a`: the keys x fit no known layout"),
+        (
+            {
+                "sources": [{"source": "a", "path": "a.jsonl"}],
+                "decontaminate": {"against": {"quiz": "quiz.jsonl"}},
+            },
+            r"quiz\.jsonl: there is no such file \(test set quiz\)",
+        ),
+    ],
+)
+def test_what_a_mixture_cannot_read_is_known_before_anything_is_made(tmp_path, keys, says):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"x": 1}))
+    with pytest.raises(LlameroError, match=says):
+        refuse_unreadable(MixtureConfig.model_validate(keys), tmp_path)
+    refuse_unreadable(MixtureConfig.model_validate({"sources": [{"source": "a", "path": "a.jsonl"}]}), tmp_path)

@@ -16,7 +16,7 @@ from llamero.data.read import Parsed
 from llamero.data.run import tokenize_mixture
 from llamero.data.tokenize import Chunk, Encoder, Parsing, lengthened
 from llamero.text.messages import SCAFFOLD, Message, Role
-from llamero.text.render import render_batch
+from llamero.text.render import render
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "log", "times", "said", "user", "to", *map(str, range(10))]
 
@@ -182,8 +182,9 @@ def test_characters_per_token_are_those_of_the_tokenizer_and_decide_the_length_o
         return unit
 
     found = lengthened(0, known, parse, how, seed=0, counts=ChatCounts(), measure=encoder.characters_per_token)
-    long = [item.messages for chunk in found for unit in chunk.units for item in unit.found]
-    sizes = [each.ids.size for each in render_batch(long, "chatml", tokenizer)]
+    parsed = [unit for chunk in found for unit in chunk.units if isinstance(unit, Parsed)]
+    long = [item.messages for unit in parsed for item in unit.found if isinstance(item, Chat)]
+    sizes = [len(render(each, "chatml", tokenizer).ids) for each in long]
     assert len(sizes) > 5
     assert np.mean([size <= how.length for size in sizes]) >= 0.95
     assert np.median(sizes) > 0.6 * how.length
