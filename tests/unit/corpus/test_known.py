@@ -1,5 +1,4 @@
 import pickle
-from typing import get_args
 
 import pytest
 
@@ -65,7 +64,7 @@ def test_who_speaks_like_anybody_is_not(text):
     assert SHIPPED_LIST.found(said(text)) is None
 
 
-@pytest.mark.parametrize("role", set(get_args(Speaker)) - {"user", "assistant"})
+@pytest.mark.parametrize("role", ["system", "context"])
 def test_what_nobody_says_is_not_looked_at(role):
     assert SHIPPED_LIST.found(said("Answer as an AI language model.", role)) is None
 
