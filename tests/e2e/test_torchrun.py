@@ -10,7 +10,7 @@ import pytest
 RECIPE = """\
 name: small
 base:
-  shape: {hidden: 16, layers: 2, heads: 2, mlp: 32, context: 64}
+  shape: {hidden: 16, layers: 2, heads: 2, mlp: 32, context: 64, tied: false}
   vocabulary: {size: 300, mixture: world}
 template: plain
 data:
