@@ -249,3 +249,17 @@ def test_the_remaining_time_is_shown_where_the_total_is_known(capsys, monkeypatc
         said = capsys.readouterr().out
         assert "1.20 M tokens/s" in said
         assert (" left" in said) == left
+
+
+def test_what_was_found_in_a_mixture_is_said():
+    summary = {
+        "decontamination": {"statement": "None of 3 shares a thing."},
+        "duplicates": {"within_sources": 1, "across_sources": 1, "samples": 3, "dropped": True},
+        "lengthen": {"warning": "little is kept"},
+    }
+    assert list(data._found(summary)) == [
+        "test sets: None of 3 shares a thing.",
+        "near-duplicates: 2 of 3 samples, left out",
+        "lengthen: little is kept",
+    ]
+    assert list(data._found({"mixture": "chat"})) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.markup import escape
@@ -61,7 +61,22 @@ def tokenize(
             summary = artifact.read(row.path).summary
             for split in stats.splits(summary):
                 say_statistics(f"{summary['mixture']}, {split}", *stats.describe(summary, split))
+            for said in _found(summary):
+                out.print(escape(said), highlight=False)
             out.print(f"{row.state}: {escape(str(row.path))}", highlight=False, soft_wrap=True)
+
+
+def _found(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was found before anything was tokenized, and what one should be warned of."""
+    if "decontamination" in summary:
+        yield f"test sets: {summary['decontamination']['statement']}"
+    if "duplicates" in summary:
+        found = summary["duplicates"]
+        alike = found["within_sources"] + found["across_sources"]
+        what = "left out" if found["dropped"] else "kept"
+        yield f"near-duplicates: {alike:,} of {found['samples']:,} samples, {what}"
+    if summary.get("lengthen", {}).get("warning"):
+        yield f"lengthen: {summary['lengthen']['warning']}"
 
 
 def _mixtures(asked: Sequence[str], recipe: ParsedRecipe, where: Path) -> Collection[str]:

@@ -7,6 +7,7 @@ that asks for none of this is read once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -220,6 +221,8 @@ def _together(seen: Iterator[Seen], signatures: BinaryIO) -> Survey:
         before += len(codes)
         signatures.write(each.signatures.tobytes())
         parts.append(replace(each, domains=(), signatures=nothing.signatures, matches=()))
+    signatures.flush()  # the survey that is stored next promises that they are there
+    os.fsync(signatures.fileno())
     return Survey(
         np.concatenate([part.counts for part in [nothing, *parts]]),
         np.concatenate([part.characters for part in [nothing, *parts]]),

@@ -9,7 +9,7 @@ import pytest
 from llamero.corpus import megatron
 from llamero.corpus.dataset import Dataset
 from llamero.corpus.samples import Chat
-from llamero.data import inspect, write
+from llamero.data import duplicates, inspect, select, write
 from llamero.data.config import LengthenConfig, MixtureConfig
 from llamero.data.lengthen import ChatCounts
 from llamero.data.read import Parsed
@@ -79,6 +79,19 @@ def test_near_duplicates_may_only_be_reported(make):
     summary, dataset = make({"a": [*rows, rows[0]]}, duplicates={"threshold": 0.8, "action": "report"})
     assert len(dataset.tokens("train")) == 11
     assert summary["duplicates"]["within_sources"] == 1
+
+
+def test_a_survey_that_waits_has_all_its_signatures(make, monkeypatch):
+    """A run that is killed right after a survey is stored must find the signatures that it promises."""
+    store, seen = select._store, []
+
+    def watched(path, survey):
+        seen.append((path.with_suffix(select.SIGNATURES).stat().st_size, survey.characters.size))
+        store(path, survey)
+
+    monkeypatch.setattr(select, "_store", watched)
+    make({"a": rows_of(30), "b": rows_of(3, seed=1)}, duplicates={"threshold": 0.8})
+    assert seen == [(4 * duplicates.PLACES * count, count) for count in (30, 3)]
 
 
 QUESTION = "which of these animals sat on the old wooden mat beside the river while nobody was looking at it"
