@@ -42,23 +42,26 @@ LAYOUTS = {
         "hsdp × tensor": {"replicate": 2, "tensor": 2},
     },
 }
+SAMPLES = {"name": "samples", "stage": {"batch": 17, "batch_samples": 17}}
+"""Steps of as many samples, and so of different numbers of rows."""
 CASES = [(processes, name) for processes, found in LAYOUTS.items() for name in found]
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     where = tmp_path_factory.mktemp("alone")
-    return layouts.run([{"name": "alone"}], processes=1, where=where)["alone"]
+    return layouts.run([{"name": "alone"}, SAMPLES], processes=1, where=where)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return what came of a layout; those of as many processes run in one go."""
+    """Return what came of an order; those of as many processes run in one go."""
     found = {}
 
     def get(processes, name):
         if processes not in found:
             orders = [{"name": key, "parallel": value} for key, value in LAYOUTS[processes].items()]
+            orders += [SAMPLES | {"parallel": {"pipeline": 2}}] if processes == 4 else []
             where = tmp_path_factory.mktemp("layouts")
             found[processes] = layouts.run(orders, processes=processes, where=where)
         return found[processes][name]
@@ -69,5 +72,11 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), CASES)
 def test_a_layout_gives_what_one_process_gives(results, expected, processes, name):
-    found = layouts.differences(results(processes, name), expected)
+    found = layouts.differences(results(processes, name), expected["alone"])
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.slow
+def test_steps_of_as_many_samples_are_the_same_in_a_pipeline(results, expected):
+    found = layouts.differences(results(4, "samples"), expected["samples"])
     assert max(found.values()) < 1e-5, found

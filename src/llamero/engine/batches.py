@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llamero.core.errors import LlameroError
 from llamero.corpus.megatron import Reader
-from llamero.corpus.packing import best_fit_decreasing
+from llamero.corpus.packing import Rows, best_fit_decreasing
 from llamero.engine.stage import StageConfig
 from llamero.text.messages import SCAFFOLD, Role
 
@@ -86,6 +86,10 @@ class Batches:
         stage: Sequence length, batch, what is learned, what happens to over-long documents.
         seed: Decides the order.
         where: Name of the data, for errors.
+
+    Attributes:
+        steps: Of the stage.
+        batch: Rows of its largest step.
     """
 
     def __init__(
@@ -97,33 +101,32 @@ class Batches:
         seed: int,
         where: str,
     ) -> None:
-        self._tokens, self._roles, self._seed, self._where = tokens, roles, seed, where
+        self._tokens, self._roles, self._where = tokens, roles, where
         if len(tokens) != len(roles):
             raise LlameroError(f"{len(tokens)} documents of tokens, {len(roles)} of roles", where=where)
-        self.batch = stage.batch
         self._weight = _weights_by_role(stage)
         self.report = Report()
         self._pieces = self._cut(stage)
         lengths = self._pieces.stop - self._pieces.start - 1
-        self._rows = best_fit_decreasing(lengths, stage.sequence)
-        if not len(self._rows):
+        if not len(lengths):
             raise LlameroError("nothing to learn: no document of this stage is left", where=where)
+        if stage.batch_samples is None:
+            self._rows = best_fit_decreasing(lengths, stage.sequence)
+            self._plan: _ByRows | _BySamples = _ByRows(len(self._rows), stage, seed=seed)
+        else:
+            self._plan = _BySamples(lengths, stage.batch_samples, stage, seed=seed)
+            self._rows = self._plan.rows
+        self.steps, self.batch = self._plan.steps, self._plan.largest
         self.report.rows = len(self._rows)
-        self.report.fill = float(lengths.sum() / (len(self._rows) * stage.sequence))
-        # rounded, because 1.1 × 10 is a little more than 11
-        rows = math.ceil(round((stage.epochs or 1) * len(self._rows), 6)) if stage.steps is None else math.inf
-        self._last_row = rows
-        self.steps = stage.steps or math.ceil(rows / stage.batch)
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+        self.report.fill = float(lengths[self._rows.documents].sum() / (len(self._rows) * stage.sequence))
 
     def __len__(self) -> int:
-        """Return the number of rows of one pass."""
+        """Return the number of rows: of one pass, or of all steps where `batch_samples` says what a step takes."""
         return len(self._rows)
 
     def rows_of(self, step: int) -> list[int]:
         """Return the rows of a step, by its number alone; where `epochs` says how many, the last step has the rest."""
-        first = step * self.batch
-        return [self._row(index) for index in range(first, int(min(first + self.batch, self._last_row)))]
+        return self._plan.rows_of(step)
 
     def assemble(self, rows: Sequence[int]) -> Batch:
         """Return the documents of some rows as one batch."""
@@ -146,12 +149,6 @@ class Batches:
             documents=tuple(pieces.document.tolist()),
             starts=tuple(pieces.start.tolist()),
         )
-
-    def _row(self, index: int) -> int:
-        epoch, place = divmod(index, len(self._rows))
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
-        return int(self._order[1][place])
 
     def _cut(self, stage: StageConfig) -> "_Pieces":
         """Return what the documents are learned in, no piece longer than the sequence."""
@@ -210,6 +207,78 @@ class Batches:
         report.truncated += int(np.count_nonzero(lost > 0))
         report.truncated_tokens += int(lost[lost > 0].sum())
         return pieces
+
+
+class _Order:
+    """Numbers in an order that is another one in every pass.
+
+    Args:
+        count: How many there are.
+        seed: Decides the order.
+    """
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._of: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+
+    def between(self, first: int, end: int) -> NDArray[np.int64]:
+        """Return those at some places, counted on through the passes."""
+        found = []
+        while first < end:
+            epoch, place = divmod(first, self._count)
+            if self._of[0] != epoch:
+                self._of = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._count)
+            found.append(self._of[1][place : place + end - first])
+            first += len(found[-1])
+        return np.concatenate(found)
+
+
+class _Steps:
+    """Which of the things that a stage takes in order, `each` at a time, belong to a step; the last has the rest."""
+
+    def __init__(self, count: int, each: int, stage: StageConfig, *, seed: int) -> None:
+        self._order, self._each = _Order(count, seed=seed), each
+        # rounded, because 1.1 × 10 is a little more than 11
+        self._end = math.ceil(round((stage.epochs or 1) * count, 6)) if stage.steps is None else stage.steps * each
+        self.steps = math.ceil(self._end / each)
+
+    def _of(self, step: int) -> NDArray[np.int64]:
+        return self._order.between(step * self._each, min((step + 1) * self._each, self._end))
+
+
+class _ByRows(_Steps):
+    """Steps of as many rows, which were packed from the whole set."""
+
+    def __init__(self, rows: int, stage: StageConfig, *, seed: int) -> None:
+        super().__init__(rows, stage.batch, stage, seed=seed)
+        self.largest = stage.batch
+
+    def rows_of(self, step: int) -> list[int]:
+        """Return the rows of a step."""
+        return self._of(step).tolist()
+
+
+class _BySamples(_Steps):
+    """Steps of as many samples, packed into as few rows as each step needs."""
+
+    def __init__(self, lengths: NDArray[np.int64], samples: int, stage: StageConfig, *, seed: int) -> None:
+        super().__init__(len(lengths), samples, stage, seed=seed)
+        packed = []
+        for step in range(self.steps):
+            mine = self._of(step)
+            rows = best_fit_decreasing(lengths[mine], stage.sequence)
+            packed.append(Rows(mine[rows.documents], rows.offsets))
+        self._first = np.cumsum([0, *(len(rows) for rows in packed)]).tolist()
+        self.rows = Rows(
+            np.concatenate([rows.documents for rows in packed]),
+            np.cumsum(np.concatenate([[0], *(np.diff(rows.offsets) for rows in packed)])),
+        )
+        """Of all steps."""
+        self.largest = max(len(rows) for rows in packed)
+
+    def rows_of(self, step: int) -> list[int]:
+        """Return the rows of a step."""
+        return list(range(self._first[step], self._first[step + 1]))
 
 
 class _Pieces(NamedTuple):

@@ -75,7 +75,7 @@ def train(  # noqa: PLR0913  (all that a stage is)
         raise LlameroError(problem, where=f"stage {stage.name}", fix="lower it, or train longer")
     world = World(parallel)
     precision = autocast(stage, world.device)
-    spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
+    spread = Spread(model, world, batch=batches.batch, sequence=stage.sequence, autocast=precision)
     optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
     first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)

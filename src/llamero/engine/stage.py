@@ -76,6 +76,9 @@ class StageConfig(Strict):
     """Packed rows of a step, over all devices and accumulation steps."""
     batch_tokens: int | None = Field(default=None, gt=0)
     """Tokens of a step instead of `batch`: as many rows of `sequence` as fit into them."""
+    batch_samples: int | None = Field(default=None, gt=0)
+    """Samples of a step instead of `batch`, packed into as many rows as they need (the pieces of a split sample count
+    as samples). Steps then differ in tokens; `epochs` count samples, as trainers that pad each to a row do."""
 
     steps: int | None = Field(default=None, gt=0)
     """Optimizer steps; or give `epochs`."""
@@ -126,13 +129,19 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _rows_of_a_step(self) -> Self:
+        rows = self.batch
         if self.batch_tokens is not None:
             rows = self.batch_tokens // self.sequence
             if not rows:
                 raise ValueError(f"`batch_tokens` {self.batch_tokens} is less than one row of {self.sequence}")
-            if "batch" in self.model_fields_set and self.batch != rows:
-                raise ValueError(f"`batch` says {self.batch} rows, `batch_tokens` {rows}: give one of them")
-            object.__setattr__(self, "batch", rows)  # pydantic's own way past `frozen`
+        if self.batch_samples is not None:
+            if self.batch_tokens is not None:
+                raise ValueError("`batch_tokens` and `batch_samples` both say what a step takes: give one of them")
+            rows = self.batch_samples  # at most: no sample takes more than a row
+        if "batch" in self.model_fields_set and self.batch != rows:
+            said = "batch_tokens" if self.batch_samples is None else "batch_samples"
+            raise ValueError(f"`batch` says {self.batch} rows, `{said}` {rows}: give one of them")
+        object.__setattr__(self, "batch", rows)  # pydantic's own way past `frozen`
         return self
 
     @model_validator(mode="after")

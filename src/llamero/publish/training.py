@@ -49,9 +49,15 @@ def _stage_row(stage: TrainedStage, *, validated: bool) -> list[str]:
     config, said = stage.config, stage.artifact.summary
     validation = said["validation_loss"]
     row = [stage.name, config.objective, config.mixture, count(said["steps"]), count(said["tokens"])]
-    row += [count(said["supervised_tokens"]), count(config.sequence), plural(config.batch, "row")]
+    row += [count(said["supervised_tokens"]), count(config.sequence), _batch(config)]
     row += [_schedule(config), _optimizer(config), f"{said['loss']:.4f}"]
     return row + ([NOTHING if validation is None else f"{validation:.4f}"] if validated else [])
+
+
+def _batch(config: StageConfig) -> str:
+    if config.batch_samples is not None:
+        return plural(config.batch_samples, "sample")
+    return plural(config.batch, "row")
 
 
 def _schedule(config: StageConfig) -> str:

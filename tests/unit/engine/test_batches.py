@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -27,6 +28,8 @@ def numbered(roles):
 def batches(roles, *, seed=0, **keys):
     about = {"name": "s", "mixture": "m", "sequence": 8, "batch": 2}
     about |= {} if "steps" in keys else {"epochs": 1}
+    if "batch_samples" in keys:
+        del about["batch"]
     tokens, arrays = numbered(roles)
     return Batches(tokens, arrays, StageConfig.model_validate(about | keys), seed=seed, where="here")
 
@@ -95,6 +98,37 @@ def test_steps_run_on_through_epochs_with_full_batches():
     assert [len(made.rows_of(step)) for step in range(5)] == [4] * 5
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
+
+
+@settings(max_examples=100, deadline=None)
+@given(roles=documents, samples=st.integers(1, 6), epochs=st.sampled_from([1, 1.5, 3]), seed=st.integers(0, 3))
+def test_a_batch_in_samples_takes_as_many_documents_in_as_few_rows(roles, samples, epochs, seed):
+    expected = supervised(roles)
+    if not expected:
+        return
+    made = batches(roles, batch_samples=samples, epochs=epochs, seed=seed, overlong="split")
+    steps = [[made.assemble([row]) for row in made.rows_of(step)] for step in range(made.steps)]
+    taken = [[number for row in rows for number in row.documents] for rows in steps]
+    kept = len({number for step in taken for number in step})
+    assert all(len(step) == samples for step in taken[:-1])
+    assert sum(map(len, taken)) == math.ceil(round(epochs * kept, 6))
+    assert made.batch == max(len(rows) for rows in steps)
+    for rows in steps:
+        fill = [sum(row.lengths) for row in rows]
+        assert max(fill) <= 8
+        assert all(a + b > 8 for number, a in enumerate(fill) for b in fill[:number]), "two of these rows are one"
+    if epochs == 3:
+        assert taught(made) == Counter({pair: 3 for pair in expected})
+
+
+def test_a_batch_in_samples_needs_no_step_before_it():
+    roles = [[U] + [A] * (1 + number % 8) for number in range(23)]
+    forward = batches(roles, batch_samples=5, steps=12)
+    said = [forward.assemble(forward.rows_of(step)).documents for step in range(12)]
+    made = batches(roles, batch_samples=5, steps=12)
+    assert [made.assemble(made.rows_of(step)).documents for step in reversed(range(12))] == said[::-1]
+    assert sorted(number for step in said for number in step)[:20] != [*range(20)]  # the passes are shuffled
+    assert all(len(step) == 5 for step in said)
 
 
 def test_inputs_and_targets_are_shifted_within_documents():

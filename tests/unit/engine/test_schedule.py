@@ -101,6 +101,15 @@ def test_a_batch_in_tokens_is_as_many_rows_as_fit():
     assert StageConfig.model_validate(written.model_dump(mode="json")) == written
 
 
+def test_a_batch_in_samples_is_at_most_as_many_rows():
+    assert stage(batch_samples=9).batch == 9
+    written = stage(batch_samples=9)
+    assert StageConfig.model_validate(written.model_dump(mode="json")) == written
+    for keys, says in (({"batch": 4}, "`batch` says 4 rows, `batch_samples` 9"), ({"batch_tokens": 9999}, "both say")):
+        with pytest.raises(ValidationError, match=says):
+            stage(batch_samples=9, **keys)
+
+
 def test_how_often_we_look_and_save_does_not_decide_the_weights():
     assert stage(save_every=1, eval_every=3).decides() == stage().decides()
     assert stage(lr=2e-5).decides() != stage().decides()
