@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 
 from llamero.checkpoint.hf import Spec
 from llamero.model.llama import Llama
-from llamero.parallel.mesh import layers_of, refuse_impossible
+from llamero.parallel.layout import layers_of, refuse_impossible
 from llamero.parallel.part import Micro, Part
 from llamero.parallel.shard import shard
 from llamero.parallel.world import World, local

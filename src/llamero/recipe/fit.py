@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llamero.core.errors import LlameroError
 from llamero.evaluate.config import PerplexityTask
+from llamero.parallel.layout import refuse_impossible
 from llamero.recipe.schema import ScratchConfig
 from llamero.text.templates import TEMPLATES
 from llamero.text.tokenizer import load_tokenizer
@@ -15,7 +16,8 @@ from llamero.text.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llamero.recipe.schema import Recipe
+    from llamero.parallel.layout import refuse_impossible
+from llamero.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,24 @@ class Base:
 
     context: int
     """Tokens of its longest sequence."""
-    widths: frozenset[int]
-    """Input channels of its linear layers."""
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @property
+    def widths(self) -> set[int]:
+        """Return the input channels of its linear layers."""
+        return {self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim}
 
 
 def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
-    """Refuse lengths beyond the context, groups that divide no width, and tokens that are missing or cannot be added.
+    """Refuse lengths beyond the context, groups that divide no width, impossible layouts, and tokens that are missing
+    or cannot be added.
 
     Args:
         recipe: The recipe.
@@ -39,6 +53,8 @@ def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
     if base is not None:
         _refuse_long(recipe, base)
         _refuse_groups(recipe, base)
+        for stage in recipe.train:
+            refuse_impossible(recipe.parallel, base, batch=stage.batch)
     _refuse_missing_tokens(recipe, directory)
     if directory is not None and recipe.data.extra_tokens:
         from llamero.data.vocabulary import refuse_unfit_tokens  # and with it all that reads data
@@ -47,20 +63,41 @@ def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
 
 
 def _from_shape(base: ScratchConfig) -> Base:
-    return Base(base.shape.context, frozenset({base.shape.hidden, base.shape.mlp}))
+    shape = base.shape
+    return Base(
+        context=shape.context,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads or shape.heads,
+        head_dim=shape.hidden // shape.heads,
+        vocab_size=base.vocabulary.size,
+        tie_word_embeddings=shape.tied,
+    )
 
 
 def _from_directory(directory: Path | None) -> Base | None:
     """Return what config.json says; a file that says less is refused where the model is loaded, with its reasons."""
     if directory is None or not (directory / "config.json").is_file():
         return None
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    keys = ("max_position_embeddings", "hidden_size", "intermediate_size")
-    if not isinstance(config, dict) or not all(isinstance(config.get(key), int) for key in keys):
+    said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    keys = ("max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if not isinstance(said, dict) or not all(isinstance(said.get(key), int) for key in (*keys, "vocab_size")):
         return None
-    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    inner = heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else config["hidden_size"]
-    return Base(config[keys[0]], frozenset({config[keys[1]], config[keys[2]], inner}))
+    context, hidden, inner, layers, heads = (said[key] for key in keys)
+    kv_heads, head_dim = said.get("num_key_value_heads"), said.get("head_dim")
+    return Base(
+        context=context,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads if isinstance(kv_heads, int) else heads,
+        head_dim=head_dim if isinstance(head_dim, int) else hidden // heads,
+        vocab_size=said["vocab_size"],
+        tie_word_embeddings=bool(said.get("tie_word_embeddings", False)),
+    )
 
 
 def _refuse_long(recipe: Recipe, base: Base) -> None:

@@ -8,7 +8,7 @@ from llamero.core.world import refuse_other_size
 from llamero.model.config import LlamaConfig
 from llamero.model.rope import Default
 from llamero.parallel.config import ParallelConfig
-from llamero.parallel.mesh import layers_of, refuse_impossible
+from llamero.parallel.layout import layers_of, refuse_impossible
 
 
 def model(**keys):

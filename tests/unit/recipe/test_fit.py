@@ -47,6 +47,8 @@ def test_what_fits_passes(scratch):
             "groups of 32 do not divide a layer's 48 input channels",
             "use groups of 16, or -1",
         ),
+        ("parallel={gpus: 3, tensor: 3}", "parallel", "`tensor: 3` does not divide the 2 attention heads", "1, 2"),
+        ("parallel={gpus: 2, pipeline: 2}", "parallel", "makes 2 pieces of 1 layers", "`pipeline:` one of 1"),
         ("data.extra_tokens=[]", "template", "needs the tokens <|im_start|>, <|im_end|>", "add them"),
     ],
 )
@@ -62,6 +64,7 @@ def test_what_does_not_fit_is_refused_with_its_key(scratch, override, where, pro
 
 def test_a_base_on_disk_is_asked_for_its_context(scratch, tmp_path):
     config = {"max_position_embeddings": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 1, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlameroError, match="context of 16"):
         refuse_what_does_not_fit(scratch("base=here"), tmp_path)
