@@ -105,7 +105,8 @@ class StageConfig(Strict):
     weight_decay_embeddings: bool = True
     """Whether the embedding decays (a tied head is the embedding)."""
     optimizer: Literal["fresh", "keep"] = "fresh"
-    """`keep` goes on with the moments of the stage it starts from, which has to say `export_optimizer: true`."""
+    """`keep` goes on with the moments of the stage it starts from, which has to say `export_optimizer: true`; none of
+    the two has an `adapter`."""
     clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
     dropout: DropoutConfig = DropoutConfig()

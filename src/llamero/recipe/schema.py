@@ -77,6 +77,7 @@ class Recipe(Strict):
             if stage.name in {*stages, "base", "final", "variants"}:
                 raise _wrong((*place, "name"), f"the name `{stage.name}` is taken", "give each stage its own name")
             stages.append(stage.name)
+        self._kept_moments_are_there()
         if isinstance(self.base, ScratchConfig):
             _known(self.base.vocabulary.mixture, mixtures, ("base", "vocabulary", "mixture"), "mixture")
             if not stages:
@@ -101,6 +102,15 @@ class Recipe(Strict):
                 raise _wrong(place, f"{token!r} is no token", "give it a spelling")
             if token in tokens[:number]:
                 raise _wrong(place, f"the token {token!r} stands here twice", "name it once: its place gives its id")
+
+    def _kept_moments_are_there(self) -> None:
+        """Refuse to go on with an optimizer that nobody leaves behind, or that learned something else."""
+        stages: dict[str | None, StageConfig] = {}
+        for number, stage in enumerate(self.train):
+            start = stages.get(stage.init_from or next(reversed(stages), None))
+            if stage.optimizer == "keep" and (wrong := _cannot_keep(stage, start)):
+                raise _wrong(("train", number, "optimizer"), f"`optimizer: keep`, but {wrong[0]}", wrong[1])
+            stages[stage.name] = stage
 
     def _validation_is_there(self) -> None:
         """Refuse what reads validation samples of a mixture that keeps none, or that a base cannot read."""
@@ -127,6 +137,18 @@ class Recipe(Strict):
                 raise _wrong(("evaluate", number, "models"), "there are no variants to measure", "add `quantize:`")
             for mixture in task.mixtures:
                 _known(mixture, self.data.mixtures, ("evaluate", number), "mixture")
+
+
+def _cannot_keep(stage: StageConfig, start: StageConfig | None) -> tuple[str, str] | None:
+    """Return why a stage cannot go on with the moments of the one it starts from, and the way out."""
+    if start is None:
+        return "the stage starts from the base, which has no moments of an optimizer", "set `optimizer: fresh`"
+    if stage.adapter is not None or start.adapter is not None:
+        return f"the moments of `{start.name}` are not those of new factors of an adapter", "set `optimizer: fresh`"
+    if not start.export_optimizer:
+        fix = f"give `{start.name}` `export_optimizer: true`, or set `optimizer: fresh`"
+        return f"stage `{start.name}`, which this one starts from, leaves none of its moments", fix
+    return None
 
 
 def _known(name: str, names: Collection[str], place: Place, what: str) -> None:

@@ -118,6 +118,33 @@ def test_a_stage_can_only_start_from_an_earlier_one(write):
         load(write("steps: 2", "steps: 2\n    init_from: later"))
 
 
+KEEP = "steps: 2\n  - {name: more, mixture: world, steps: 2,\n     optimizer: keep}"
+LEFT = "steps: 2\n    export_optimizer: true\n"
+
+
+@pytest.mark.parametrize(
+    ("new", "problem"),
+    [
+        ("steps: 2\n    optimizer: keep", "starts from the base, which has no moments"),
+        (KEEP, "stage `lm`, which this one starts from, leaves none of its moments"),
+        (KEEP.replace("steps: 2\n", LEFT + "    adapter: {lora: 4}\n", 1), "of new factors of an adapter"),
+        (KEEP.replace("steps: 2\n", LEFT, 1).replace("keep", "keep, adapter: {lora: 4}"), "of new factors"),
+    ],
+)
+def test_moments_that_nobody_leaves_are_not_kept(write, new, problem):
+    path = write("steps: 2", new)
+    with pytest.raises(LlameroError, match=problem) as caught:
+        load(path)
+    number = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "optimizer: keep" in text)
+    assert caught.value.where == f"{path}:{number}"
+
+
+def test_moments_of_the_stage_it_starts_from_are_kept(write):
+    last = "\n  - {name: last, mixture: world, steps: 2, init_from: lm, optimizer: keep}"
+    path = write("steps: 2", KEEP.replace("steps: 2\n", LEFT, 1) + last)
+    assert [stage.optimizer for stage in load(path).train] == ["fresh", "keep", "keep"]
+
+
 def test_every_field_of_every_config_is_documented():
     from llamero.recipe.load import models_within
     from llamero.recipe.schema import Recipe
