@@ -5,19 +5,39 @@ Files are called `[PREFIX-]train-text.bin/.idx` and `[PREFIX-]train-role.bin/.id
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Literal
+from collections import Counter
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from llamero.core.errors import LlameroError
 from llamero.corpus.megatron import Reader
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 SPLITS = ("train", "val")
 Kind = Literal["text", "role"]
 
 _NAME = re.compile(rf"(?:(?P<prefix>.+)-)?(?P<split>{'|'.join(SPLITS)})-text")
+
+
+class Sources(NamedTuple):
+    """Where the documents of a split come from: they stand one source after the other."""
+
+    names: tuple[str, ...]
+    ends: tuple[int, ...]
+    """Number of the document after the last of each."""
+
+    def of(self, documents: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return the number of each document's source."""
+        return np.searchsorted(np.asarray(self.ends), documents, side="right")
 
 
 class Dataset:
@@ -84,3 +104,31 @@ class Dataset:
         if len(tokens) != len(roles) or (tokens.lengths != roles.lengths).any():
             raise LlameroError("roles and tokens are not of one dataset: their lengths differ", where=stem)
         return roles
+
+    def sources(self, split: str) -> Sources | None:
+        """Return where the documents come from, as the statistics beside them say; None where nobody wrote any.
+
+        Sources of one name are told apart by a number. Long documents that were made of several count as one source.
+
+        Raises:
+            LlameroError: The statistics are of another dataset.
+        """
+        path = self.directory / "stats.json"
+        parts = json.loads(path.read_text(encoding="utf-8")).get(split, {}).get("sources") if path.exists() else None
+        if not parts:
+            return None
+        ends = tuple(accumulate(part["accepted"] + part["repeated"] for part in parts))
+        documents = len(self.tokens(split))
+        if ends[-1] != documents:
+            problem = f"split `{split}` has {documents} documents, stats.json counts {ends[-1]}"
+            raise LlameroError(problem, where=self.directory, fix="remove stats.json, or make the dataset again")
+        return Sources(_told_apart([part["name"] for part in parts]), ends)
+
+
+def _told_apart(names: Sequence[str]) -> tuple[str, ...]:
+    seen = Counter[str]()
+    apart = []
+    for name in names:
+        seen[name] += 1
+        apart.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return tuple(apart)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamero.core.errors import LlameroError
+from llamero.corpus.dataset import Sources
 from llamero.corpus.megatron import Reader
 from llamero.corpus.packing import Rows, best_fit_decreasing
 from llamero.engine.stage import StageConfig
@@ -41,6 +42,8 @@ class Batch:
     """Number of each document in its dataset."""
     starts: tuple[int, ...]
     """First token of each in its document: not 0 for the later pieces of a split one."""
+    sources: Int[Tensor, " learned"]
+    """Number of the source that each learned token is of; 0 where sources are not told apart."""
 
     @property
     def tokens(self) -> int:
@@ -86,10 +89,8 @@ class Batches:
         stage: Sequence length, batch, what is learned, what happens to over-long documents.
         seed: Decides the order.
         where: Name of the data, for errors.
-
-    Attributes:
-        steps: Of the stage.
-        batch: Rows of its largest step.
+        self._sources = sources
+        self._tokens, self._roles, self._where = tokens, roles, where
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Batches:
         *,
         seed: int,
         where: str,
+        sources: Sources | None = None,
     ) -> None:
+        self._sources = sources
         self._tokens, self._roles, self._where = tokens, roles, where
         if len(tokens) != len(roles):
             raise LlameroError(f"{len(tokens)} documents of tokens, {len(roles)} of roles", where=where)
@@ -119,6 +122,11 @@ class Batches:
         self.steps, self.batch = self._plan.steps, self._plan.largest
         self.report.rows = len(self._rows)
         self.report.fill = float(lengths[self._rows.documents].sum() / (len(self._rows) * stage.sequence))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the names of the sources that are told apart; none where there are not several."""
+        return self._sources.names if self._sources is not None and len(self._sources.names) > 1 else ()
 
     def __len__(self) -> int:
         """Return the number of rows: of one pass, or of all steps where `batch_samples` says what a step takes."""
@@ -140,6 +148,7 @@ class Batches:
             lengths.append(len(piece_ids) - 1)
         weight = np.concatenate(weights)
         learned = np.flatnonzero(weight)
+        source = np.zeros(len(lengths), np.int64) if not self.sources else self._sources_of(pieces.document)
         return Batch(
             ids=torch.from_numpy(np.concatenate(ids)),
             lengths=tuple(lengths),
@@ -148,7 +157,12 @@ class Batches:
             weights=torch.from_numpy(weight[learned]),
             documents=tuple(pieces.document.tolist()),
             starts=tuple(pieces.start.tolist()),
+            sources=torch.from_numpy(np.repeat(source, lengths)[learned]),
         )
+
+    def _sources_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert self._sources is not None
+        return self._sources.of(documents)
 
     def _cut(self, stage: StageConfig) -> "_Pieces":
         """Return what the documents are learned in, no piece longer than the sequence."""

@@ -226,7 +226,7 @@ class _Run:
 
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
-EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), NOTHING, NOTHING, torch.zeros(0), (), ())
+EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), NOTHING, NOTHING, torch.zeros(0), (), (), NOTHING)
 """What a process passes through the model when the others have a row more."""
 
 

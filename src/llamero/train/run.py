@@ -159,7 +159,8 @@ def _batches(data: Path, split: str, stage: StageConfig, *, seed: int) -> Batche
         raise LlameroError("the dataset has no roles, so nobody knows what is to be learned", where=data)
     if split != "train":
         stage = stage.model_copy(update={"batch_samples": None})  # nothing is learned here, so rows may be full
-    return Batches(tokens, roles, stage, seed=seed, where=f"{data.name}, {split}")
+    where = f"{data.name}, {split}"
+    return Batches(tokens, roles, stage, seed=seed, where=where, sources=dataset.sources(split))
 
 
 def _has_validation(data: Path) -> bool:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -71,3 +73,37 @@ def test_roles_of_other_documents_are_refused(tmp_path, roles):
     write(tmp_path, "train-role", *roles)
     with pytest.raises(LlameroError, match="not of one dataset"):
         Dataset(tmp_path).roles("train")
+
+
+def counted(directory, **splits):
+    said = {
+        split: {"sources": [{"name": name, "accepted": a, "repeated": r} for name, a, r in parts]}
+        for split, parts in splits.items()
+    }
+    (directory / "stats.json").write_text(json.dumps(said))
+
+
+def test_documents_stand_one_source_after_the_other(tmp_path):
+    write(tmp_path, "train-text", [1], [2], [3], [4], [5])
+    write(tmp_path, "val-text", [1])
+    parts = [("chat", 1, 1), ("empty", 0, 0), ("books", 2, 0), ("chat", 1, 0)]
+    counted(tmp_path, train=parts, val=[("chat", 0, 0), ("books", 1, 0)])
+    sources = Dataset(tmp_path).sources("train")
+    assert sources is not None
+    assert sources.names == ("chat", "empty", "books", "chat 2")
+    assert sources.of(np.array([4, 0, 1, 2, 3])).tolist() == [3, 0, 0, 2, 2]
+    held = Dataset(tmp_path).sources("val")
+    assert held is not None
+    assert held.of(np.array([0])).tolist() == [1]
+
+
+def test_a_dataset_without_statistics_has_no_known_sources(tmp_path):
+    write(tmp_path, "train-text", [1])
+    assert Dataset(tmp_path).sources("train") is None
+
+
+def test_statistics_of_another_dataset_are_refused(tmp_path):
+    write(tmp_path, "train-text", [1], [2])
+    counted(tmp_path, train=[("chat", 3, 0)])
+    with pytest.raises(LlameroError, match=r"2 documents, stats\.json counts 3"):
+        Dataset(tmp_path).sources("train")

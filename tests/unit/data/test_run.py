@@ -8,6 +8,7 @@ import pytest
 
 from llamero.core.errors import LlameroError
 from llamero.corpus import megatron
+from llamero.corpus.dataset import Dataset
 from llamero.data.config import DataConfig, MixtureConfig, VocabularyConfig
 from llamero.data.run import tokenize_mixture
 from llamero.data.vocabulary import prepare_tokenizer
@@ -273,3 +274,19 @@ def test_a_tokenizer_can_be_trained_on_a_mixture(tmp_path):
     assert "im_start" in (out / "chat_template.jinja").read_text()
     special = json.loads((out / "special_tokens.json").read_text())
     assert special["<PAD>"] == tokenizer.id("<PAD>")
+
+
+def test_the_source_of_every_document_is_known_afterwards(make, tmp_path, tokenizer):
+    rows = {
+        "cats": [{"instruction": f"the cat {number}", "output": "the dog"} for number in range(7)],
+        "logs": [{"instruction": f"the log {number}", "output": "the mat"} for number in range(5)],
+    }
+    make(rows, val_split=0.3, fraction=1.0)
+    dataset = Dataset(tmp_path / "out")
+    for split in ("train", "val"):
+        sources, tokens = dataset.sources(split), dataset.tokens(split)
+        assert sources is not None
+        assert sources.names == ("cats", "logs")
+        said = [tokenizer.decode(document.tolist()) for document in tokens]
+        assert [int("the log" in text) for text in said] == sources.of(np.arange(len(said))).tolist()
+        assert {"the cat" in text for text in said} == {True, False}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.core.errors import LlameroError
+from llamero.corpus.dataset import Sources
 from llamero.corpus.megatron import Reader, Writer
 from llamero.engine.batches import Batches, Report, split_at_turns
 from llamero.engine.stage import StageConfig
@@ -386,3 +387,31 @@ def test_documents_need_not_lie_in_order_in_their_file(tmp_path):
     made = Batches(*in_order, stage, seed=0, where="here")
     assert read.report == made.report
     assert taught(read) == taught(made)
+
+
+@settings(max_examples=50, deadline=None)
+@given(roles=documents, cuts=st.lists(st.integers(0, 30), min_size=1, max_size=3))
+def test_every_learned_token_knows_its_source(roles, cuts):
+    tokens, arrays = numbered(roles)
+    if not supervised(roles):
+        return
+    ends = (*sorted(min(cut, len(roles)) for cut in cuts), len(roles))
+    sources = Sources(tuple("abcd"[: len(ends)]), ends)
+    stage = StageConfig.model_validate({"name": "s", "mixture": "m", "sequence": 8, "batch": 2, "steps": 1})
+    made = Batches(tokens, arrays, stage, seed=0, where="here", sources=sources)
+    assert made.sources == sources.names
+    batch = made.assemble(range(len(made)))
+    first_tokens = np.cumsum([0, *map(len, roles)])
+    expected = [
+        sum(int(np.searchsorted(first_tokens, target, side="right")) - 1 >= end for end in ends)
+        for target in batch.targets.tolist()
+    ]
+    assert batch.sources.tolist() == expected
+
+
+def test_one_source_alone_is_not_told_apart():
+    tokens, arrays = numbered([[U, A, A], [U, A]])
+    stage = StageConfig.model_validate({"name": "s", "mixture": "m", "sequence": 8, "batch": 2, "steps": 1})
+    made = Batches(tokens, arrays, stage, seed=0, where="here", sources=Sources(("a",), (2,)))
+    assert made.sources == ()
+    assert not made.assemble([0]).sources.any()
