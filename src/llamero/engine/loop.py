@@ -163,8 +163,7 @@ class _Run:
         weight, tokens, supervised = self.world.sum([self._counts * number for number in known])
         micros = [self._micro(part, step) for part in parts]
         own = self.spread.losses(micros, total=weight, z_loss=self.stage.z_loss)
-        (loss,) = self.world.sum([self._says_loss * own])
-        norm = self.spread.clip(self.stage.clip or math.inf)
+        norm, loss = self.spread.clip(self.stage.clip or math.inf, self._says_loss * own)
         if not math.isfinite(loss) or not math.isfinite(norm):  # before the weights take any of it
             what = f"loss of step {step + 1} is {loss}, its gradient's norm {norm}"
             raise self._not_finite(what, rows, parts)
@@ -217,7 +216,7 @@ class _Run:
         for start in range(0, len(validation), at_once):
             rows = range(start, min(start + at_once, len(validation)))
             parts = self._share(validation, rows)
-            own = self.spread.losses([_plain(part) for part in parts], backward=False)
+            own = self.spread.losses([_plain(part) for part in parts], backward=False).item()
             more, heavier = self.world.sum([self._says_loss * own, self._counts * self._known(parts)[0]])
             loss, weight = loss + more, weight + heavier
             if not math.isfinite(loss):

@@ -46,6 +46,12 @@ class ParallelConfig(Strict):
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again rather than keeps: nothing; all but matrix products and attention; or
     whole layers."""
+    zero: Literal[1, 2, 3] | None = None
+    """What of a model `shard` spreads while a step goes through it in several micro-batches. 3 (the default): weights
+    are fetched for every pass of a layer, gradients summed after every micro-batch; least memory. 2: weights are
+    fetched once a step. 1 (the default under `pipeline`): gradients, too, stay whole until the last micro-batch and are
+    summed once a step; least communication. Between steps all of it is spread. Under `pipeline` gradients always
+    wait for the last micro-batch, so that 2 is not there."""
     offload: bool = False
     """Weights, gradients and optimizer rest in CPU memory (needs `shard` or `replicate` above 1)."""
     compile: bool = False
@@ -72,6 +78,8 @@ class ParallelConfig(Strict):
         if fixed * self.sharded != self.gpus:
             fit = self.gpus // fixed
             raise ValueError(f"{product} × shard {self.sharded} is not `gpus: {self.gpus}`; `shard: {fit}` would do")
+        if self.zero == 2 and self.pipeline > 1:
+            raise ValueError("`zero: 2` sums gradients after every micro-batch, a pipeline after the last: say 1 or 3")
         if self.offload and self.data == 1:
             raise ValueError("`offload` works on what `shard` or `replicate` spreads, and both are 1")
         return self
@@ -80,6 +88,11 @@ class ParallelConfig(Strict):
     def sharded(self) -> int:
         """Return the size of the shard axis."""
         return self.shard or max(1, self.gpus // (self.replicate * self.tensor * self.pipeline))
+
+    @property
+    def zero_stage(self) -> int:
+        """Return how much of a model is spread during a step: 3 all of it, 2 not its weights, 1 nor its gradients."""
+        return self.zero or (1 if self.pipeline > 1 else 3)
 
     @property
     def data(self) -> int:

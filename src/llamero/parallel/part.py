@@ -69,6 +69,7 @@ class Part(nn.Module):
         self.first, self.last = layers.start == 0, layers.stop == llama.config.num_layers
         self._rotation: Callable[..., Tensor] = llama.rotation
         self._autocast, self._heads = autocast, llama.config.num_heads
+        self._residual = llama.model.embed_tokens.weight.dtype  # whatever the weights are rounded to on their way here
         self.z_loss = 0.0
         """How much large logits cost."""
         self.tensor: DeviceMesh | None = None
@@ -102,7 +103,7 @@ class Part(nn.Module):
         with self._precision(micro.ids.device):
             noise = self._noise(micro)
             if self.first:
-                embedded = self.embed_tokens(micro.ids)
+                embedded = self.embed_tokens(micro.ids).to(self._residual)
                 x = embedded if noise is None else noise.on_embeddings(embedded)
             positions = torch.cat([torch.arange(length) for length in micro.lengths]).to(micro.ids.device)
             each = [length for length in micro.lengths for _ in range(length)]
@@ -133,6 +134,7 @@ class Part(nn.Module):
             start = min(whole, -(-whole // self.tensor.size()) * self.tensor.get_local_rank())
             share = Share(self.tensor.get_group(), start)
         learned = hidden if len(micro.learned) == len(micro.ids) else hidden[micro.learned]
+        learned = learned if self._autocast is None else learned.to(self._autocast)
         if self.first and share is None:
             return linear_cross_entropy(learned, weight, micro.targets, micro.weights, self.z_loss)
         return sharded_linear_cross_entropy(learned, weight, micro.targets, micro.weights, share, self.z_loss)

@@ -6,6 +6,7 @@ so that every shard of a checkpoint is a plain rectangle.
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,8 +23,15 @@ from llamero.parallel.part import Part
 from llamero.parallel.world import World
 
 
-def shard(part: Part, world: World) -> None:
-    """Spread a part over its processes, in place; every process must hold the same whole weights."""
+def shard(part: Part, world: World, *, precision: torch.dtype | None = None) -> None:
+    """Spread a part over its processes, in place; every process must hold the same whole weights.
+
+    Args:
+        part: What is spread.
+        world: The processes.
+        precision: Of products; weights that are fetched from other processes come in it, so that half as much is
+            sent and nothing is rounded twice. `None` is that of the weights.
+    """
     parallel = world.parallel
     if world.mesh is not None and parallel.tensor > 1:
         _over_tensor(part, world.mesh["tensor"], sequence=parallel.sequence_parallel)
@@ -34,7 +42,7 @@ def shard(part: Part, world: World) -> None:
         if parallel.recompute != "none":
             part.layers[number] = _recomputed(block, selective=parallel.recompute == "selective")
     if world.mesh is not None and parallel.data > 1:
-        _over_data(part, world.mesh, parallel)
+        _over_data(part, world.mesh, parallel, precision)
 
 
 def _over_tensor(part: Part, mesh: DeviceMesh, *, sequence: bool) -> None:
@@ -106,18 +114,22 @@ def _keep_products(context: Any, operation: Any, *args: Any, **keys: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _over_data(part: Part, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+def _over_data(part: Part, mesh: DeviceMesh, parallel: ParallelConfig, precision: torch.dtype | None) -> None:
     axes = mesh["replicate", "shard"] if parallel.replicate > 1 else mesh["shard"]
     on_cpu = CPUOffloadPolicy(pin_memory=axes.device_type == "cuda")
     keys: dict[str, Any] = {
         "mesh": axes,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=getattr(torch, parallel.reduce_dtype)),
+        # inputs stay what they are: the residual stream is float32, autocast rounds what enters a product
+        "mp_policy": MixedPrecisionPolicy(precision, getattr(torch, parallel.reduce_dtype), cast_forward_inputs=False),
         "offload_policy": on_cpu if parallel.offload else OffloadPolicy(),
         "shard_placement_fn": _across,
     }
-    for block in part.layers.values():
-        fully_shard(block, **keys)
-    fully_shard(part, **keys)
+    blocks = [
+        fully_shard(block, reshard_after_forward=parallel.zero_stage == 3, **keys) for block in part.layers.values()
+    ]
+    whole = fully_shard(part, **keys)
+    for this, following in pairwise([whole, *blocks]):  # the next layer is asked for before this one computes
+        this.set_modules_to_forward_prefetch([following])
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the whole batch already

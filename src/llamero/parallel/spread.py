@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
@@ -79,7 +80,7 @@ class Spread:
         self.parts = [Part(model, layers_of(n, pieces=pieces, layers=layers), autocast=autocast) for n in self._mine]
         for part in self.parts:
             part.to(world.device)
-            shard(part, world)
+            shard(part, world, precision=autocast)
         self.module = nn.ModuleList(self.parts)
         self._schedule = self._pipeline() if pieces > 1 else None
         self._total = 1.0
@@ -92,8 +93,10 @@ class Spread:
 
     def losses(
         self, micros: Sequence[Micro], *, total: float = 1.0, z_loss: float = 0.0, backward: bool = True
-    ) -> float:
+    ) -> Float[Tensor, ""]:
         """Return Σ weight·nll / total of this process's micro-batches, or 0 where the last layers are another's.
+
+        It stays on the device, in float64: nobody waits for it here.
 
         Args:
             micros: As many on every process.
@@ -109,22 +112,39 @@ class Spread:
                 loss = self._scheduled(total, backward=backward)
             else:
                 loss = self._direct(len(ready), total, backward=backward)
-        for part in self.parts:
-            if isinstance(part, FSDPModule):
-                part.reshard()  # a forward pass alone leaves the outermost weights whole
+        for module in self._sharded():
+            module.reshard()  # a forward pass alone leaves the outermost weights whole, or all of them
         return loss
 
-    def _direct(self, count: int, total: float, *, backward: bool) -> float:
+    def _sharded(self) -> Iterator[FSDPModule]:
+        """Yield what FSDP spreads: every layer, then all else of a part."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                yield module
+
+    def _direct(self, count: int, total: float, *, backward: bool) -> Tensor:
         (part,) = self.parts
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number in range(count):
+            self._accumulate(last=number == count - 1)
             share = part(None, number).sum() / total
             if backward:
                 share.backward()
-            loss += share.item()
+            loss += share.detach()
         return loss
 
-    def _scheduled(self, total: float, *, backward: bool) -> float:
+    def _accumulate(self, *, last: bool) -> None:
+        """Say what the backward pass of a micro-batch does with weights and gradients: see `zero`."""
+        (part,) = self.parts
+        if not isinstance(part, FSDPModule):
+            return
+        zero = self.world.parallel.zero_stage
+        part.set_is_last_backward(last or zero > 1)
+        part.set_requires_gradient_sync(last or zero > 1)
+        part.set_requires_all_reduce(last)  # between copies, sums of shards are enough
+        part.set_reshard_after_backward(last or zero == 3)
+
+    def _scheduled(self, total: float, *, backward: bool) -> Tensor:
         assert self._schedule is not None
         self._total = total
         numbers = torch.arange(self.passes.count)
@@ -133,7 +153,10 @@ class Spread:
         keys: dict[str, Any] = {"target": numbers} if tails else {}
         run = self._schedule.step if backward else self._schedule.eval
         run(*((numbers,) if heads else ()), losses=said if tails else None, number=numbers, **keys)
-        return float(sum(loss.item() for loss in said))
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for share in said:
+            loss += share.detach().sum()
+        return loss
 
     def _even(self, micro: Micro) -> Micro:
         """Pad a micro-batch: pipelines send tensors of one shape, and the tensor axis shares tokens evenly."""
@@ -183,21 +206,32 @@ class Spread:
 
     # -- gradients
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients down to a norm of `limit` over all processes and return the norm that they had."""
+    def clip(self, limit: float, *beside: Float[Tensor, ""]) -> list[float]:
+        """Scale the gradients down to a norm of `limit` over all processes.
+
+        This is the one moment of a step in which a process waits for its device.
+
+        Args:
+            limit: Largest norm.
+            beside: Numbers to be summed over all processes on the way.
+
+        Returns:
+            The norm that the gradients had, then the sums.
+        """
         by_copies: dict[int, list[Tensor]] = {}
         for parameter in self.named().values():
             if parameter.grad is not None:
                 grad = parameter.grad = _summed(parameter)
                 by_copies.setdefault(_copies(grad), []).append(local(grad))
-        squares = sum(float(torch.nn.utils.get_total_norm(grads)) ** 2 / copies for copies, grads in by_copies.items())
-        norm = math.sqrt(self.world.sum([squares])[0])
-        total = torch.tensor(norm, dtype=torch.float32)
-        scale = torch.clamp(limit / (total + 1e-6), max=1.0)
-        for grads in by_copies.values():
-            for grad in grads:
-                grad.mul_(scale.to(grad.device))
-        return norm
+        norms = [torch.nn.utils.get_total_norm(grads).double() for grads in by_copies.values()]
+        numbers = torch.stack([number.to(self.world.device) for number in (*norms, *beside)]).tolist()
+        squares = sum(norm**2 / copies for norm, copies in zip(numbers, by_copies, strict=False))
+        square, *sums = self.world.sum([squares, *numbers[len(norms) :]])
+        norm = math.sqrt(square)
+        if limit < norm + 1e-6:
+            for grads in by_copies.values():
+                torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        return [norm, *sums]
 
     # -- whole tensors
 
