@@ -13,6 +13,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypedDict
 
@@ -59,6 +61,8 @@ class Result(NamedTuple):
     lines: list[dict[str, float]]
     """Of metrics.jsonl."""
     weights: dict[str, Any]
+    calls: dict[str, int]
+    """How often the first process fetched weights and summed gradients."""
 
 
 def start(orders: list[Order], *, processes: int, where: Path) -> list[subprocess.Popen[str]]:
@@ -96,6 +100,7 @@ def run(orders: list[Order], *, processes: int, where: Path) -> dict[str, Result
         order["name"]: Result(
             json.loads((where / order["name"] / "lines.json").read_text()),
             load_file(where / order["name"] / "weights.safetensors"),
+            json.loads((where / order["name"] / "calls.json").read_text()),
         )
         for order in orders
     }
@@ -185,9 +190,38 @@ def work(order: Order, where: Path) -> None:
     model = _model(shape)
     if "stop" in order and int(os.environ["RANK"]) == order["stop"]["rank"]:
         _stop(model, **order["stop"])
-    train(model, batches, stage, directory, parallel=parallel, validation=held, export=export)
+    with _counted() as calls:
+        train(model, batches, stage, directory, parallel=parallel, validation=held, export=export)
     if os.environ["RANK"] == "0":
+        (where / "calls.json").write_text(json.dumps(calls))
         (where / "lines.json").write_text(json.dumps(read_lines(directory / "metrics.jsonl")))
+
+
+@contextmanager
+def _counted() -> Iterator[dict[str, int]]:
+    """Count the collectives of FSDP; what they are called depends on torch's version."""
+    import torch.distributed as dist
+
+    kinds = {
+        "all_gather": ("all_gather_into_tensor", "all_gather_single"),
+        "reduce_scatter": ("reduce_scatter_tensor", "reduce_scatter_single"),
+        "all_reduce": ("all_reduce",),
+    }
+    calls = dict.fromkeys(kinds, 0)
+    real = {(kind, name): getattr(dist, name) for kind, names in kinds.items() for name in names if hasattr(dist, name)}
+
+    def counting(kind: str, function: Any) -> Any:
+        def call(*args: Any, **keys: Any) -> Any:
+            calls[kind] += 1
+            return function(*args, **keys)
+
+        return call
+
+    for (kind, name), function in real.items():
+        setattr(dist, name, counting(kind, function))
+    yield calls
+    for (_, name), function in real.items():
+        setattr(dist, name, function)
 
 
 def _stop(model: Any, *, rank: int, signal: int, step: int) -> None:

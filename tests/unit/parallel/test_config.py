@@ -32,6 +32,7 @@ def parallel(**keys):
     [
         ({"gpus": 6, "tensor": 4}, "does not divide `gpus: 6`; a multiple of 4 would do"),
         ({"gpus": 8, "tensor": 2, "shard": 2}, "is not `gpus: 8`; `shard: 4` would do"),
+        ({"gpus": 2, "pipeline": 2, "zero": 2}, "a pipeline after the last: say 1 or 3"),
         ({"ring": 2}, "`ring` above 1 comes with long context"),
         ({"ulysses": 2}, "`ulysses` above 1 comes with long context"),
         ({"gpus": 2, "tensor": 2, "offload": True}, "`offload` works on what `shard` or `replicate` spreads"),
@@ -40,6 +41,15 @@ def parallel(**keys):
 def test_axes_that_do_not_fill_the_devices_are_refused(keys, says):
     with pytest.raises(ValidationError, match=says):
         parallel(**keys)
+
+
+def test_a_pipeline_keeps_what_it_fetched_unless_asked():
+    asked = {"gpus": 4, "pipeline": 2}
+    assert [parallel(gpus=2).zero_stage, parallel(**asked).zero_stage, parallel(**asked, zero=3).zero_stage] == [
+        3,
+        1,
+        3,
+    ]
 
 
 def test_the_shard_axis_takes_what_the_others_leave():

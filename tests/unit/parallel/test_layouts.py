@@ -33,8 +33,15 @@ TWO = {
     "fsdp-recompute": {"recompute": "full", "offload": True},
     "fsdp-selective": {"recompute": "selective"},
 }
+MICRO = {
+    "zero 3": {"micro_batch": 1},
+    "zero 2": {"micro_batch": 1, "zero": 2},
+    "zero 1": {"micro_batch": 1, "zero": 1},
+}
 FOUR = {
     "fsdp-tensor": {"tensor": 2},
+    "hsdp": {"replicate": 2},
+    "hsdp-in-micro-batches": {"replicate": 2, "micro_batch": 1},
     "pipeline-tensor": {"pipeline": 2, "tensor": 2},
     "pipeline-fsdp": {"pipeline": 2, "micro_batch": 1},
 }
@@ -43,8 +50,11 @@ FOUR = {
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     where = tmp_path_factory.mktemp("alone")
-    orders = [{"name": "alone"}, {"name": "tied", "shape": {"tied": True}}]
+    orders = [{"name": "alone"}, {"name": "tied", "shape": {"tied": True}}, {"name": "bfloat16", "stage": HALF}]
     return layouts.run([*orders, SHORT], processes=1, where=where)
+
+
+HALF = {"precision": "bfloat16"}
 
 
 SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7, "dropout": {"hidden": 0.2}}}
@@ -53,7 +63,8 @@ SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7, "dr
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    orders = [{"name": name, "parallel": parallel} for name, parallel in TWO.items()]
+    orders = [{"name": name, "parallel": parallel} for name, parallel in (TWO | MICRO).items()]
+    orders += [{"name": f"bfloat16 {name}", "stage": HALF, "parallel": MICRO[name]} for name in MICRO]
     orders.append({"name": "tied", "shape": {"tied": True}, "parallel": {"tensor": 2}})
     orders.append({"name": "tied-fsdp", "shape": {"tied": True}})
     return layouts.run([*orders, SHORT], processes=2, where=tmp_path_factory.mktemp("two"))
@@ -89,3 +100,36 @@ def test_a_last_step_with_too_few_rows_for_all_is_the_same(two, four, expected):
     assert len(expected["epochs"].lines) > 3
     assert_same(two["epochs"], expected["epochs"])
     assert_same(four["epochs"], expected["epochs"])
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_accumulated_gradients_are_those_of_the_whole_batch(two, expected, name):
+    assert_same(two[name], expected["alone"])
+
+
+def test_zero_decides_how_often_weights_are_fetched_and_gradients_summed(two, four):
+    layers, groups, steps, micros = 4, 4 + 1, 3, 4
+    once = groups * steps
+    calls = {name: two[name].calls for name in MICRO}
+    sums = {name: counted["reduce_scatter"] for name, counted in calls.items()}
+    assert sums == {"zero 3": micros * once, "zero 2": micros * once, "zero 1": once}
+    # the outermost weights stay between forward and backward pass; validation is twice as many rows as go at a time
+    fetched = {name: counted["all_gather"] for name, counted in calls.items()}
+    looks = 2 * (1 + micros * layers)
+    assert fetched == {
+        "zero 3": micros * (once + layers * steps) + looks,
+        "zero 2": once + 2 * groups,
+        "zero 1": once + 2 * groups,
+    }
+    # four rows are two micro-batches of two devices: their sums cross the copies once
+    assert four["hsdp-in-micro-batches"].calls["all_reduce"] == four["hsdp"].calls["all_reduce"]
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_bfloat16_weights_that_are_fetched_are_as_good_as_those_that_are_there(two, expected, name):
+    here = layouts.differences(expected["bfloat16"], expected["alone"])
+    there = layouts.differences(two[f"bfloat16 {name}"], expected["alone"])
+    assert 1e-5 < here["loss"] < 1e-3  # it is bfloat16
+    for what in ("loss", "validation_loss", "grad_norm", "weights"):
+        assert there[what] < 5 * here[what] + 1e-4, what
+    assert layouts.differences(two[f"bfloat16 {name}"], expected["bfloat16"])["loss"] < 2e-3
