@@ -229,8 +229,8 @@ class Spread:
         square, *sums = self.world.sum([squares, *numbers[len(norms) :]])
         norm = math.sqrt(square)
         if limit < norm + 1e-6:
-            for grads in by_copies.values():
-                torch._foreach_mul_(grads, limit / (norm + 1e-6))
+            for grad in (grad for grads in by_copies.values() for grad in grads):
+                grad.mul_(limit / (norm + 1e-6))
         return [norm, *sums]
 
     # -- whole tensors
