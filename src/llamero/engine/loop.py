@@ -21,6 +21,7 @@ from llamero.engine.batches import Batch, Batches
 from llamero.engine.metrics import Metrics, read_lines
 from llamero.engine.noise import noise_of
 from llamero.engine.optimizer import adamw, load_moments, save_moments
+from llamero.engine.saving import Saver, best_of, refuse_small_disk
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
 from llamero.model.llama import Llama
@@ -84,9 +85,11 @@ def train(  # noqa: PLR0913  (all that a stage is)
             where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
             raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
         load_moments(start, spread=spread, optimizer=optimizer)
+    refuse_small_disk(checkpoints, stage, spread, steps=batches.steps)
+    saver = Saver(checkpoints, stage, weights=spread.named(), optimizer=optimizer, world=world)
     run = _Run(spread, stage, batches, seed)
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
-    with _metrics(directory, first, world) as metrics, bar, Deferred() as stop, world.missing_named():
+    with _metrics(directory, first, world) as metrics, bar, Deferred() as stop, world.missing_named(), saver:
         for step in range(first, batches.steps):
             world.beat(step)
             line = run.step(step, optimizer)
@@ -94,20 +97,39 @@ def train(  # noqa: PLR0913  (all that a stage is)
             last = done == batches.steps
             if validation is not None and (last or (stage.eval_every and done % stage.eval_every == 0)):
                 line["validation_loss"] = run.validate(validation, step)
+            saver.look()
+            line["save_seconds"] = round(saver.waited(), 3)
             metrics.write(line)
             bar.advance(1, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
             stopped = world.any(stop.asked)
-            if done % stage.save_every == 0 or stopped or last:
+            if saver.wants(done, line.get("validation_loss")) or stopped or last:
                 metrics.sync()  # a checkpoint must not outlive the lines before it
-                resume.save(checkpoints, step=done, weights=spread.named(), optimizer=optimizer, world=world)
-            if stopped or stop.asked:
+                saver.save(done, line.get("validation_loss"))
+            if stopped or (last and world.any(stop.asked)):
+                saver.wait()
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
+    if stage.export_best:
+        _take_best(checkpoints, spread, optimizer)
     if stage.export_optimizer:
         save_moments(directory, spread=spread, optimizer=optimizer)
     outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl")) if world.speaks else None)
     assert outcome is not None
     export(spread)
     return outcome
+
+
+def _take_best(checkpoints: Path, spread: Spread, optimizer: torch.optim.Optimizer) -> None:
+    """Go back to the checkpoint with the lowest validation loss."""
+    world = spread.world
+    best = world.told(best_of(resume.finished(checkpoints)) if world.speaks else None)
+    if best is None:
+        raise LlameroError(
+            "`export_best`: no checkpoint has a validation loss",
+            where=checkpoints,
+            fix="remove this directory: the stage begins again",
+        )
+    step = int(best.name.removeprefix("step-"))
+    resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world, step=step)
 
 
 class _Silent:

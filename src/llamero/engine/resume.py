@@ -1,10 +1,11 @@
 """Checkpoints to resume from: weights, optimizer and step, whole or not there.
 
 A checkpoint is a directory `step-00000200` in the format of `torch.distributed.checkpoint`: every process writes what
-it holds, and any other layout reads from it what it needs. It is written beside and renamed. Data order and learning
-rate are functions of the step, so nothing else need be kept for a resumed run to end in the same bits.
+it holds, and any other layout reads from it what it needs. It is written beside and renamed (engine/saving.py). Data
+order and learning rate are functions of the step, so a resumed run needs nothing else to end in the same bits.
 """
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,60 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from llamero.checkpoint import hf
 from llamero.core import files
 from llamero.core.errors import LlameroError
-from llamero.parallel.world import World
+from llamero.parallel.world import World, local
 
-KEEP = 2
+STATE = "state.json"
+_NAME = re.compile(r"step-\d{8,}")
+_BEFORE = "remove this directory: the run goes on from the checkpoint before it, or from the start"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 Weights = Mapping[str, nn.Parameter]
 
 
-def save(
-    directory: Path, *, step: int, weights: Weights, optimizer: torch.optim.Optimizer, world: World, keep: int = KEEP
-) -> None:
-    """Write the checkpoint after `step` steps and remove all but the last ones; every process takes part."""
-    final = directory / f"step-{step:08}"
-    partial = final.with_name(final.name + ".partial")
-    if world.speaks:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
-    state = _state(weights, lambda parameter, key: optimizer.state[parameter][key])
-    _with_plain_errors(lambda: save_state(state, storage_writer=FileSystemWriter(partial), no_dist=world.size == 1))
-    world.barrier()
-    mine = sorted(path for path in partial.iterdir() if path.name.endswith(".distcp"))[world.rank :: world.size]
-    sums = world.gather({path.name: files.sha256(path) for path in mine})
-    if world.speaks:
-        about = {"step": step, "sha256": {name: value for part in sums for name, value in sorted(part.items())}}
-        files.write_json(partial / "state.json", about)
-        files.sync(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        for old in _finished(directory)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
-
-
-def load(directory: Path, *, weights: Weights, optimizer: torch.optim.Optimizer, world: World) -> int:
+def load(
+    directory: Path, *, weights: Weights, optimizer: torch.optim.Optimizer, world: World, step: int | None = None
+) -> int:
     """Fill weights and optimizer from the last checkpoint and return its step; 0 where there is none.
 
+    Args:
+        directory: Of the checkpoints.
+        weights: This process's parameters by name.
+        optimizer: Their AdamW.
+        world: All processes, which all take part.
+        step: Load the checkpoint after this step instead.
+
     Raises:
-        LlameroError: If a file of it is damaged, or it is of another model.
+        LlameroError: If a file of it is damaged, its numbers are not finite, or it is of another model.
     """
-    last = world.told(next(iter(reversed(_finished(directory))), None))
+    last = world.told(_chosen(directory, step) if world.speaks else None)
     if last is None:
         return 0
-    about = hf.read_json(last / "state.json")
-    if last.name != f"step-{about['step']:08}":
-        raise LlameroError(f"the checkpoint says step {about['step']}", where=last, fix="remove this directory")
+    about = _about(last)
     _refuse_damage(last, about["sha256"], world)
     fresh: dict[nn.Parameter, dict[str, Any]] = {
         parameter: {
@@ -78,16 +60,12 @@ def load(directory: Path, *, weights: Weights, optimizer: torch.optim.Optimizer,
         for parameter in weights.values()
         if parameter.requires_grad
     }
-    state = _state(weights, lambda parameter, key: fresh[parameter][key])
+    state = state_of(weights, lambda parameter, key: fresh[parameter][key])
     reader = FileSystemReader(last)
-    stored = reader.read_metadata().state_dict_metadata
-    wanted = {name: tuple(value.shape) for name, value in state.items()}
-    found = {name: tuple(about.size) for name, about in stored.items() if isinstance(about, TensorStorageMetadata)}
-    complete = {name for part in world.gather(list(wanted)) for name in part}
-    if complete != set(found) or any(found[name] != shape for name, shape in wanted.items()):
-        raise LlameroError("the checkpoint is of a model of another shape", where=last, fix="remove this directory")
+    _refuse_other_model(last, reader, state, world)
     with torch.no_grad():
         _with_plain_errors(lambda: load_state(state, storage_reader=reader, no_dist=world.size == 1))
+    _refuse_not_finite(last, state, world)
     for parameter, moments in fresh.items():
         optimizer.state[parameter] = moments
     return about["step"]
@@ -102,7 +80,7 @@ def remove(directory: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _state(weights: Weights, moment: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Any]:
+def state_of(weights: Weights, moment: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Any]:
     """Return all tensors of a checkpoint under their names in it; what is frozen is where the training started."""
     trained = {name: parameter for name, parameter in weights.items() if parameter.requires_grad}
     state: dict[str, Any] = {name: parameter.detach() for name, parameter in trained.items()}
@@ -123,7 +101,7 @@ def _refuse_damage(checkpoint: Path, sums: dict[str, str], world: World) -> None
         raise LlameroError(
             f"{', '.join(said)}: not what was written, or missing",
             where=checkpoint,
-            fix="remove this directory: the run goes on from the checkpoint before it",
+            fix=_BEFORE,
         )
 
 
@@ -141,5 +119,79 @@ def _with_plain_errors(work: Callable[[], object]) -> None:
         raise cause from error
 
 
-def _finished(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("step-*") if not path.name.endswith(".partial"))
+def finished(directory: Path) -> list[Path]:
+    """Return the finished checkpoints of a stage, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def loss_of(checkpoint: Path) -> float | None:
+    """Return the validation loss of a finished checkpoint, if it was measured."""
+    return _about(checkpoint).get("validation_loss")
+
+
+def drop(checkpoint: Path) -> None:
+    """Remove a finished checkpoint; a kill half-way leaves nothing behind that looks like one."""
+    aside = checkpoint.with_name(checkpoint.name + ".removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _chosen(directory: Path, step: int | None) -> Path | None:
+    for old in directory.glob("step-*.removed"):  # of a removal that was cut off
+        shutil.rmtree(old)
+    there = finished(directory)
+    if step is not None:
+        there = [path for path in there if path.name == f"step-{step:08}"]
+    return there[-1] if there else None
+
+
+def _about(checkpoint: Path) -> dict[str, Any]:
+    """Return what is said of a checkpoint beside it."""
+    try:
+        about = hf.read_json(checkpoint / STATE)
+        step, _ = int(about["step"]), about["sha256"].items()
+    except (LlameroError, KeyError, AttributeError, TypeError, ValueError) as error:
+        said = error.problem if isinstance(error, LlameroError) else "it does not say what a checkpoint's does"
+        raise LlameroError(f"not a whole checkpoint: {said}", where=checkpoint / STATE, fix=_BEFORE) from error
+    if checkpoint.name != f"step-{step:08}":
+        raise LlameroError(f"the checkpoint says step {step}", where=checkpoint, fix=_BEFORE)
+    return about
+
+
+def _refuse_other_model(checkpoint: Path, reader: FileSystemReader, state: dict[str, Any], world: World) -> None:
+    stored = reader.read_metadata().state_dict_metadata
+    found = {name: tuple(about.size) for name, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+    wanted = {name: tuple(size) for part in world.gather(_shapes(state)) for name, size in part.items()}
+    if wanted == found:
+        return
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    raise LlameroError(
+        f"the checkpoint is of a model of another shape: `{odd[0]}` is {_shape(found.get(odd[0]))} in it and "
+        f"{_shape(wanted.get(odd[0]))} in the model ({len(odd)} of {len(wanted)} tensors differ)",
+        where=checkpoint,
+        fix="go on with the model that it was made with, or remove this stage's checkpoints",
+    )
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " × ".join(map(str, shape)) or "a number"
+
+
+def _refuse_not_finite(checkpoint: Path, state: dict[str, Any], world: World) -> None:
+    """Refuse numbers that no training goes on from; a checksum says only that they were written so."""
+    odd = [name for name, value in state.items() if not all_finite(local(value))]
+    said = sorted({name for part in world.gather(odd) for name in part})
+    if said:
+        more = f" and {len(said) - 1} other tensors" if len(said) > 1 else ""
+        problem = f"`{said[0]}`{more} of the checkpoint: numbers that are not finite"
+        raise LlameroError(problem, where=checkpoint, fix=_BEFORE)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity, without memory of its size."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())

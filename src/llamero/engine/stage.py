@@ -121,6 +121,12 @@ class StageConfig(Strict):
     """Steps between validations on the mixture's validation split; 0 validates at the end only."""
     save_every: int = Field(default=200, gt=0)
     """Steps between checkpoints to resume from."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints that are kept while the stage is trained, the last ones; afterwards none is."""
+    keep_best: bool = False
+    """Also save at each validation (`eval_every`) that is the best so far, and keep the best beside the last ones."""
+    export_best: bool = False
+    """The stage's model is the checkpoint with the lowest validation loss rather than the last; needs `eval_every`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the products; `auto` is float32 on CPU and bfloat16 on CUDA. Weights are float32."""
     export: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -165,6 +171,18 @@ class StageConfig(Strict):
             raise ValueError(problem)
         return self
 
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        wanting = [name for name in ("keep_best", "export_best") if getattr(self, name)]
+        if wanting and not self.eval_every:
+            raise ValueError(f"`{wanting[0]}` needs `eval_every`: the validations among which the best is chosen")
+        return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Return whether the checkpoint with the lowest validation loss is kept."""
+        return self.keep_best or self.export_best
+
     def decay_steps(self, steps: int) -> int:
         """Return in how many of its steps the learning rate falls at the end, for schedules that stay level first."""
         decay = 0.2 if self.decay is None else self.decay
@@ -185,5 +203,9 @@ class StageConfig(Strict):
         return self.overlong or ("split" if self.objective == "lm" else "error")
 
     def decides(self) -> dict[str, object]:
-        """Return what decides the trained weights: everything but how often we look and save."""
-        return self.model_dump(mode="json", exclude={"name", "eval_every", "save_every"})
+        """Return what decides the trained weights: everything but how often we look and save, and what is kept.
+
+        How often we look decides them where the best of what was seen is exported.
+        """
+        looking = set() if self.export_best else {"eval_every", "export_best"}
+        return self.model_dump(mode="json", exclude={"name", "save_every", "keep", "keep_best"} | looking)

@@ -173,7 +173,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rows_and_documents(
 ):
     data, stage = poisoned(make_data(40), 11), make_stage(epochs=1, batch=1, save_every=1)
     batches, model = data.batches(stage), make_model()
-    model.model.embed_tokens.weight.data[63] = value
+
+    def poison(module, inputs, output):
+        return output.masked_fill((inputs[0] == 63).unsqueeze(-1), value)
+
+    model.model.embed_tokens.register_forward_hook(poison)
     bad = next(step for step in range(batches.steps) if 11 in documents_of(batches, step))
     assert bad > 0
     with pytest.raises(LlameroError) as told:

@@ -8,6 +8,8 @@ from llamero.engine import resume
 from llamero.engine.loop import train
 from llamero.engine.metrics import read_lines
 from llamero.engine.optimizer import adamw
+from llamero.engine.saving import Saver
+from llamero.engine.stage import StageConfig
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import World
 
@@ -30,13 +32,20 @@ def trained(make_model, make_stage):
     return make
 
 
+def save(directory, step, model, optimizer, validation_loss=None, **keys):
+    stage = StageConfig.model_validate({"name": "tiny", "mixture": "chat", "steps": 4, **keys})
+    weights = dict(model.named_parameters())
+    with Saver(directory, stage, weights=weights, optimizer=optimizer, world=ALONE) as saver:
+        saver.save(step, validation_loss)
+
+
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
 def test_a_checkpoint_brings_everything_back_bit_by_bit(trained, make_model, make_stage, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=7, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(tmp_path, 7, model, optimizer)
     other = make_model(seed=5, tied=True)
     again = adamw(other, make_stage())
     assert resume.load(tmp_path, weights=dict(other.named_parameters()), optimizer=again, world=ALONE) == 7
@@ -55,24 +64,24 @@ def test_without_a_checkpoint_one_starts_at_the_beginning(trained, tmp_path):
 def test_only_the_last_two_are_kept(trained, tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 10, 100):
-        resume.save(tmp_path, step=step, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+        save(tmp_path, step, model, optimizer)
     assert names(tmp_path) == ["step-00000010", "step-00000100"]
     assert resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE) == 100
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(trained, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(tmp_path, 3, model, optimizer)
     half = tmp_path / "step-00000006.partial"
     shutil.copytree(tmp_path / "step-00000003", half)
     assert resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE) == 3
-    resume.save(tmp_path, step=6, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(tmp_path, 6, model, optimizer)
     assert names(tmp_path) == ["step-00000003", "step-00000006"]
 
 
 def test_a_renamed_checkpoint_is_refused(trained, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(tmp_path, 3, model, optimizer)
     (tmp_path / "step-00000003").rename(tmp_path / "step-00000004")
     with pytest.raises(LlameroError, match="the checkpoint says step 3"):
         resume.load(tmp_path, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
@@ -80,7 +89,7 @@ def test_a_renamed_checkpoint_is_refused(trained, tmp_path):
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(tmp_path, 3, model, optimizer)
     weights = next((tmp_path / "step-00000003").glob("*.distcp"))
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(LlameroError, match="step-00000003"):
@@ -89,7 +98,7 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(trained, make_model, make_stage, tmp_path):
     model, optimizer = trained()
-    resume.save(tmp_path, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(tmp_path, 3, model, optimizer)
     other = make_model(tied=False)
     with pytest.raises(LlameroError, match="a model of another shape"):
         resume.load(tmp_path, weights=dict(other.named_parameters()), optimizer=adamw(other, make_stage()), world=ALONE)
@@ -98,7 +107,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained, make_model, make_stag
 def test_removing_is_done_at_one_stroke(trained, tmp_path):
     model, optimizer = trained()
     directory = tmp_path / "checkpoints"
-    resume.save(directory, step=3, weights=dict(model.named_parameters()), optimizer=optimizer, world=ALONE)
+    save(directory, 3, model, optimizer)
     (tmp_path / "checkpoints.removed").mkdir()  # of a removal that was cut off
     resume.remove(directory)
     assert names(tmp_path) == []

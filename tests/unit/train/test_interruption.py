@@ -47,7 +47,7 @@ def decided(root):
     }
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["tokens_per_second"]
+        del line["tokens_per_second"], line["save_seconds"]
     return files, lines
 
 

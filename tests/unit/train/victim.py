@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -50,7 +51,7 @@ class Events:
     """Counts what a run does to its files, and stops at one of them."""
 
     def __init__(self, order: Order) -> None:
-        self.order, self.count = order, 0
+        self.order, self.count, self._lock = order, 0, threading.Lock()
         self._watch(hf.ShardWriter, "add")
         self._watch(metrics.Metrics, "write")
         self._watch(files, "sha256")
@@ -64,9 +65,10 @@ class Events:
         original: Callable[..., Any] = getattr(owner, name)
 
         def watched(*args: Any, **keys: Any) -> Any:
-            self.count += 1
-            if self.count == self.order["at"]:
-                os.kill(os.getpid(), self.order["signal"])
+            with self._lock:  # checkpoints are written by a thread
+                self.count += 1
+                if self.count == self.order["at"]:
+                    os.kill(os.getpid(), self.order["signal"])
             return original(*args, **keys)
 
         setattr(owner, name, watched)
