@@ -119,7 +119,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, (LlameroError, Interrupted)):  # raised on all processes alike
+        shared = (LlameroError, Interrupted) if self._world.size > 1 else Exception  # raised on all processes alike
+        if kind is None or issubclass(kind, shared):
             self._finish()
         elif self._pending is not None:
             self._pending.part.stop()
