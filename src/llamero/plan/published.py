@@ -73,15 +73,12 @@ class Run:
         return tokens / layout.gpus / step_time(work, layout, self.cluster, reached).total
 
 
-_8B = Layout(shard=8, rows=2, recompute="selective", compile=True)
-_8B_TENSOR = Layout(shard=8, tensor=8, rows=12, recompute="selective", compile=True)
-_8B_RING = Layout(rows=1, recompute="full", compile=True)
-_70B = Layout(shard=32, tensor=8, rows=16, recompute="full", compile=True)
-# torchtitan cuts a batch into as many micro-batches as there are stages, and keeps weights gathered in a pipeline
-_405B = Layout(
-    shard=8, tensor=8, pipeline=8, pieces=8, micros=8, rows=4, recompute="full", compile=True, hides_tensor=True,
-    gathered_again=False,
-)  # fmt: skip
+_8B = Layout(shard=8, rows=2, recompute="selective", compile=True, residual_bytes=2)
+_8B_TENSOR = replace(_8B, tensor=8, rows=12)
+_8B_RING = replace(_8B, rows=1, recompute="full")
+_70B = replace(_8B, shard=32, tensor=8, rows=16, recompute="full")
+# torchtitan cuts a batch into as many micro-batches as there are stages, and keeps weights and gradients whole in a step
+_405B = replace(_70B, shard=8, pipeline=8, pieces=8, micros=8, rows=4, hides_tensor=True, zero=1)
 
 
 def _small(name: str, measured: float, layout: Layout, precision: Precision = "bf16", source: str = DEC_2024) -> Run:

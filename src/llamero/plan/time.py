@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from llamero.core.errors import LlameroError
-from llamero.parallel.mesh import layers_of
+from llamero.parallel.layout import layers_of
 from llamero.plan.cluster import Cluster, Group
 from llamero.plan.order import Durations, seconds
 
@@ -99,8 +99,11 @@ class Layout:
     """Of a parameter, when FSDP gathers it."""
     reduce_bytes: int = 4
     """Of a gradient, when FSDP sums it."""
-    gathered_again: bool = True
-    """Whether the backward pass gathers weights again (`reshard_after_forward`)."""
+    residual_bytes: int = 4
+    """Of a number of the residual stream, in which norms and what comes out of them are."""
+    zero: int = 3
+    """3: FSDP gathers weights for every pass and sums gradients after every micro-batch; 2: gathers once a step; 1:
+    sums once as well."""
     hides_tensor: bool = False
     """Asynchronous tensor parallelism."""
 
@@ -134,6 +137,7 @@ class Layout:
             compile=parallel.compile,
             offload=parallel.offload,
             reduce_bytes=4 if parallel.reduce_dtype == "float32" else 2,
+            zero=parallel.zero_stage,
         )
 
 
@@ -296,7 +300,7 @@ class _Step:
         heads = (c.num_heads + c.num_kv_heads) * c.head_dim / t
         mlp = c.intermediate_size / t
         residual, inner = (10, 2 * heads + 5 * mlp) if backward else (8, 2 * heads + 3 * mlp)
-        moved = self.width * (self.own * residual * c.hidden_size + self.tokens * inner)
+        moved = self.layout.residual_bytes * self.own * residual * c.hidden_size + self.width * self.tokens * inner
         return (moved * self.traffic + self._casts(backward=backward)) / self.passes
 
     def _casts(self, *, backward: bool) -> float:
@@ -320,12 +324,13 @@ class _Step:
             return 0.0
         return bytes * (group.size - 1) / group.size / self._rate(group) + LATENCY
 
-    def _tensor(self, gathers: int, scatters: int) -> float:
+    def _tensor(self, gathers: int, scatters: int, *, backward: bool = False) -> float:
         """Return the seconds of exchanging residuals: gathered before products, summed and scattered after."""
         whole = self.tokens * self.config.hidden_size
-        operand = 1 if self.work.precision == "fp8" and self.layout.sequence_parallel else self.width
-        one = gathers * self._collective(operand * whole, self.over_tensor)
-        one += scatters * self._collective(self.width * whole, self.over_tensor)
+        normed = 1 if self.work.precision == "fp8" else self.layout.residual_bytes
+        gathered, scattered = (self.width, self.layout.residual_bytes) if backward else (normed, self.width)
+        one = gathers * self._collective(gathered * whole, self.over_tensor)
+        one += scatters * self._collective(scattered * whole, self.over_tensor)
         return one * (1 - self.reached.hidden) if self.layout.hides_tensor else one
 
     def _context(self, *, backward: bool = False) -> float:
@@ -370,7 +375,7 @@ class _Step:
             attention=self._attention(backward=True),
             memory=self._memory(backward=True),
             recomputed=again,
-            tensor=self._tensor(2, 2),
+            tensor=self._tensor(2, 2, backward=True),
             context=self._context(backward=True),
         )
 
@@ -384,40 +389,49 @@ class _Step:
         return (3 * self._product(n, c.hidden_size, rows, precision=precision) + logits + gathered) / 2
 
     def _embedding(self) -> float:
-        return 4 * self.width * self.own * self.config.hidden_size / self.passes
+        return 4 * self.layout.residual_bytes * self.own * self.config.hidden_size / self.passes
 
     def _gathered(self, weights: float) -> float:
         return self._collective(weights / self.layout.tensor * self.layout.gather_bytes, self.over_fsdp)
 
     def _summed(self, weights: float) -> float:
-        """Return the seconds of summing gradients over shards and then over copies of them."""
+        """Return the seconds of summing gradients over shards."""
         if self.work.frozen:
             return 0.0
-        bytes = weights / self.layout.tensor * self.layout.reduce_bytes
-        return self._collective(bytes, self.over_fsdp) + 2 * self._collective(
-            bytes / self.layout.fsdp, self.over_copies
-        )
+        return self._collective(weights / self.layout.tensor * self.layout.reduce_bytes, self.over_fsdp)
 
-    def _piece(self, number: int) -> tuple[Parts, Parts, Parts]:
-        """Return a micro-batch's forward pass through a piece, its backward pass, and gradients of weights."""
-        pieces, layers = self.layout.pieces, self.config.num_layers
+    def _copies(self, weights: float) -> float:
+        """Return the seconds of summing the shards of gradients over copies of the model."""
+        if self.work.frozen:
+            return 0.0
+        layout = self.layout
+        return 2 * self._collective(weights * layout.reduce_bytes / layout.tensor / layout.fsdp, self.over_copies)
+
+    def _piece(self, number: int) -> tuple[Parts, Parts, Parts, Parts]:
+        """Return a micro-batch's forward pass through a piece, its backward pass, gradients of weights; and what comes
+        once a step.
+        """
+        pieces, layers, zero = self.layout.pieces, self.config.num_layers, self.layout.zero
         here = len(layers_of(number, pieces=pieces, layers=layers))
-        weights = layer_weights(self.config)
         forward, backward = self._forward(), self._backward()
         of_weights = Parts() if self.work.frozen else Parts(products=self._products())
-        gathered, summed = self._gathered(weights), self._summed(weights)
-        again = gathered if self.layout.gathered_again else 0.0
-        behind = backward.total + of_weights.total
-        forward += Parts(data=self._beside(gathered, forward.total) + self._host(weights))
-        backward += Parts(data=self._beside(again + summed, behind) + self._host(weights))
+        weights, behind = layer_weights(self.config), backward.total + of_weights.total
+        gather = self._beside(self._gathered(weights), forward.total)
+        gather_again = self._beside(self._gathered(weights), behind)
+        add, copies = self._beside(self._summed(weights), behind), self._beside(self._copies(weights), behind)
         ends = (number == 0) + (number == pieces - 1)
         rows = self.config.vocab_size * self.config.hidden_size
-        end = Parts(data=ends * self._gathered(rows) + self._host(ends * rows))
-        end += Parts(head=(number == 0) * self._embedding() + (number == pieces - 1) * self._head())
+        first, last = ends * self._gathered(rows), ends * self._summed(rows)  # nothing to hide them behind
+        once = Parts(data=here * copies + ends * self._copies(rows) + (zero == 1) * (here * add + last))
+        once += Parts(data=(zero < 3) * (here * gather + first))
+        forward += Parts(data=(zero == 3) * gather + self._host(weights))
+        backward += Parts(data=(zero == 3) * gather_again + (zero > 1) * add + self._host(weights))
+        head = Parts(head=(number == 0) * self._embedding() + (number == pieces - 1) * self._head())
         return (
-            forward * here + end,
-            backward * here + replace(end, data=ends * self._summed(rows)),
+            forward * here + head + Parts(data=(zero == 3) * first + self._host(ends * rows)),
+            backward * here + head + Parts(data=(zero > 1) * last + self._host(ends * rows)),
             of_weights * here,
+            once,
         )
 
     def _host(self, weights: float) -> float:
@@ -441,14 +455,16 @@ class _Step:
         pieces = [self._piece(number) for number in range(layout.pieces)]
         last = Parts(optimizer=self._optimizer())
         if layout.pieces == 1:
-            return sum(pieces[0], start=Parts()) * layout.micros + last
-        times = [Durations(*(part.total for part in piece)) for piece in pieces]
+            *passes, once = pieces[0]
+            return sum(passes, start=Parts()) * layout.micros + once + last
+        times = [Durations(*(part.total for part in passes)) for *passes, _ in pieces]
         over_pipeline = Group(layout.pipeline, layout.gpus // layout.pipeline)
-        hop = self.width * self.own * self.config.hidden_size / self._rate(over_pipeline) + LATENCY
+        hop = layout.residual_bytes * self.own * self.config.hidden_size / self._rate(over_pipeline) + LATENCY
         whole, busy = seconds(layout.schedule, layout.pipeline, layout.micros, times, hop=hop)
         most = max(range(layout.pipeline), key=lambda rank: busy[rank])
-        mine = [part for number in range(most, layout.pieces, layout.pipeline) for part in pieces[number]]
-        return sum(mine, start=Parts()) * layout.micros + Parts(bubble=whole - busy[most]) + last
+        mine = [pieces[number] for number in range(most, layout.pieces, layout.pipeline)]
+        passes = sum((part for *parts, _ in mine for part in parts), start=Parts()) * layout.micros
+        return sum((once for *_, once in mine), start=passes) + Parts(bubble=whole - busy[most]) + last
 
 
 def peak(accelerator: Accelerator, precision: str) -> float:
