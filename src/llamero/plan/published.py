@@ -77,7 +77,7 @@ _8B = Layout(shard=8, rows=2, recompute="selective", compile=True, residual_byte
 _8B_TENSOR = replace(_8B, tensor=8, rows=12)
 _8B_RING = replace(_8B, rows=1, recompute="full")
 _70B = replace(_8B, shard=32, tensor=8, rows=16, recompute="full")
-# torchtitan cuts a batch into as many micro-batches as there are stages, and keeps weights and gradients whole in a step
+# torchtitan cuts a batch into as many micro-batches as there are stages; weights and gradients stay whole in a step
 _405B = replace(_70B, shard=8, pipeline=8, pieces=8, micros=8, rows=4, hides_tensor=True, zero=1)
 
 

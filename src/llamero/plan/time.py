@@ -9,7 +9,7 @@ Counts: Narayanan et al. 2021 (arXiv:2104.04473, appendix) and Korthikanti et al
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from llamero.core.errors import LlameroError
