@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from llamero.cli.display import err, out
 from llamero.cli.options import OutDir, Override, Recipe
+from llamero.cli.scale import Scale, load
 from llamero.core import files
 from llamero.core.errors import LlameroError
 
@@ -28,6 +29,7 @@ def launch(
     job: Path | None = None,
     submit: bool = False,
     out_dir: OutDir = None,
+    scale: Scale = None,
     set_: Override = (),
 ) -> None:
     """Write the job file that runs a recipe on the devices of its `parallel:`, and submit it if asked.
@@ -56,16 +58,15 @@ def launch(
         Override a key, as for `run`.
     """
     from llamero.plan import jobs
-    from llamero.recipe.load import load
 
-    parsed = load(recipe, set_)
     if submit and on == "torchrun" and nodes > 1:
         raise LlameroError("a script for several nodes cannot be submitted", fix="run it on every node, or --on slurm")
-    target = out_dir or Path("runs") / parsed.name
-    overrides = [part for override in set_ for part in ("--set", override)]
+    parsed, target = load(recipe, set_, out_dir, scale)
+    options = [part for override in set_ for part in ("--set", override)]
+    options += [] if scale is None else ["--scale", scale]
     described = jobs.Job(
         name=parsed.name,
-        command=["run", str(recipe.resolve()), "--out", str(target.resolve()), *overrides],
+        command=["run", str(recipe.resolve()), "--out", str(target.resolve()), *options],
         nodes=nodes,
         devices=jobs.spread(parsed.parallel.gpus, nodes),
         port=jobs.PORT if port is None else port,

@@ -11,11 +11,12 @@ from rich.table import Table
 
 from llamero.cli.display import Bars, out, say_outcome, say_results, say_row, size
 from llamero.cli.options import Model, OutDir, Override, Recipe, import_uninterrupted
+from llamero.cli.scale import Scale, load
 from llamero.core import world
 from llamero.core.errors import LlameroError
 
 
-def run(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
+def run(recipe: Recipe, *, out_dir: OutDir = None, scale: Scale = None, set_: Override = ()) -> None:
     """Make a release: every stage that is not there yet, from data to the card.
 
     Parameters
@@ -26,10 +27,8 @@ def run(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
         Override a key: --set train.sft.lr=1e-5 (a list item goes by its name or number).
     """
     from llamero import pipeline
-    from llamero.recipe.load import load
 
-    parsed = load(recipe, set_)
-    target = out_dir or Path("runs") / parsed.name
+    parsed, target = load(recipe, set_, out_dir, scale, processes=world.size())
     import_uninterrupted("llamero.model.load")
     with Bars():
         outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=say_row)
@@ -37,7 +36,7 @@ def run(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
         say_outcome(outcome)
 
 
-def check(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> None:
+def check(recipe: Recipe, *, out_dir: OutDir = None, scale: Scale = None, set_: Override = ()) -> None:
     """Validate a recipe and print what would run; trains nothing and needs no GPU.
 
     Parameters
@@ -50,10 +49,8 @@ def check(recipe: Recipe, *, out_dir: OutDir = None, set_: Override = ()) -> Non
     from llamero import pipeline
     from llamero.core import artifact
     from llamero.data.read import refuse_unreadable
-    from llamero.recipe.load import load
 
-    parsed = load(recipe, set_)
-    target = out_dir or Path("runs") / parsed.name
+    parsed, target = load(recipe, set_, out_dir, scale)
     plan = pipeline.Plan(parsed, recipe.parent, target)
     for mixture in parsed.data.mixtures.values():
         refuse_unreadable(mixture, recipe.parent)

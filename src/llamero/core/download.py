@@ -42,6 +42,21 @@ def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
     return _download(found["repo"], found["revision"], weights=weights)
 
 
+def config_at_hand(model: str) -> Path | None:
+    """Return the config.json of a hub model if the hub's cache has it; nothing is fetched."""
+    found = _HUB.match(model)
+    if found is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(found["repo"], "config.json", revision=found["revision"])
+    except HFValidationError:
+        return None
+    return Path(path) if isinstance(path, str) else None
+
+
 def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
