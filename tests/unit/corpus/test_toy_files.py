@@ -1,6 +1,7 @@
 """Toy files hold what the reader of their layout finds in them."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def written(layout, tmp_path, **keys):
     return file
 
 
-def read(layout, tmp_path, **keys):
+def read(layout, tmp_path, **keys) -> list[Any]:
     said = {"sources": [{"source": "a", "path": f"toy/{layout}.jsonl", "layout": layout, **keys}]}
     mixture = MixtureConfig.model_validate(said)
     refuse_unreadable(mixture, tmp_path)
