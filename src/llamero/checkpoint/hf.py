@@ -1,6 +1,6 @@
 """Hugging Face model directories: config.json, safetensors shards with their index, and the files beside them.
 
-Tensors stream: reading holds one of them at a time beside the model, writing holds one at a time.
+Tensors stream: reading holds one of them, or a part of one, at a time beside the model, writing holds one at a time.
 """
 
 import json
@@ -37,6 +37,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SHARD_BYTES = 5_000_000_000
 
+Region = tuple[slice, ...]
+"""A rectangle of a tensor: where it begins and ends in each dimension."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -63,6 +66,8 @@ class Tensors:
     """File of each tensor."""
     specs: dict[str, Spec]
     _read: Callable[[Path, str], Tensor] = field(repr=False)
+    _read_part: Callable[[Path, str, Region], Tensor] | None = field(default=None, repr=False)
+    """Reads no more than a region; without it the tensor is read and cut."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -71,9 +76,17 @@ class Tensors:
         return iter(self.files)
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._file(name), name)
+
+    def part(self, name: str, region: Region) -> Tensor:
+        """Return a rectangle of a tensor; of a safetensors file nothing else is read."""
+        path = self._file(name)
+        return self._read(path, name)[region] if self._read_part is None else self._read_part(path, name, region)
+
+    def _file(self, name: str) -> Path:
         if name not in self.files:
             raise LlameroError(f"tensor `{name}` is missing", where=self.directory)
-        return self._read(self.files[name], name)
+        return self.files[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -164,14 +177,14 @@ def _safetensors(directory: Path, files: dict[str, Path] | None, shards: list[Pa
         if name not in found:
             raise LlameroError(f"tensor `{name}` is not in the file that the index names", where=path)
 
-    def read(path: Path, name: str) -> Tensor:
+    def read(path: Path, name: str, region: Region | None = None) -> Tensor:
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if region is None else file.get_slice(name)[region]
         except SafetensorError as error:
             raise LlameroError(f"tensor `{name}`: {error}", where=path, fix="download it again") from error
 
-    return Tensors(directory, found, specs, read)
+    return Tensors(directory, found, specs, read, read)
 
 
 def _bins(directory: Path, files: dict[str, Path] | None, bins: list[Path]) -> Tensors:

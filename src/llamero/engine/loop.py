@@ -25,6 +25,7 @@ from llamero.engine.saving import Saver, best_of, refuse_small_disk
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
 from llamero.model.llama import Llama
+from llamero.model.weights import Weights
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.part import Micro
 from llamero.parallel.spread import Spread
@@ -54,11 +55,14 @@ def train(  # noqa: PLR0913  (all that a stage is)
     export: Callable[[Spread], None] = lambda spread: None,
     seed: int = 0,
     start: Path | None = None,
+    weights: Weights | None = None,
+    world: World | None = None,
 ) -> Outcome:
     """Train a model in place, from the last checkpoint in `directory` if there is one.
 
     Args:
-        model: In float32, the same on every process; its modules are spread over the processes in place.
+        model: In float32, the same on every process, or on the meta device; its modules are spread over the processes
+            in place.
         batches: Every batch of the stage.
         stage: How to train.
         directory: For checkpoints and metrics.jsonl.
@@ -67,6 +71,8 @@ def train(  # noqa: PLR0913  (all that a stage is)
         export: Told of the trained model.
         seed: Decides, with the step and the samples, what is dropped.
         start: Directory that the model comes from, for `optimizer: keep`.
+        weights: What a model on the meta device is filled with; a checkpoint overrides what is trained, unread.
+        world: The processes, where they have met already.
 
     Raises:
         LlameroError: If the loss is not finite; the last checkpoint is kept.
@@ -74,12 +80,16 @@ def train(  # noqa: PLR0913  (all that a stage is)
     """
     if problem := stage.too_long(batches.steps):
         raise LlameroError(problem, where=f"stage {stage.name}", fix="lower it, or train longer")
-    world = World(parallel)
+    world = world or World(parallel)
     precision = autocast(stage, world.device)
     spread = Spread(model, world, batch=batches.batch, sequence=stage.sequence, autocast=precision)
+    spread.allocate()
     optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
     first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)
+    if weights is not None:
+        with world.together():
+            spread.fill(weights, trained=not first)
     if stage.optimizer == "keep" and not first:
         if start is None:
             where, fix = f"stage {stage.name}", "set `optimizer: fresh`"

@@ -4,7 +4,6 @@ LoRA (Hu et al. 2021, arXiv:2106.09685); QLoRA (Dettmers et al. 2023, arXiv:2305
 layers. The adapter of a model is what requires a gradient, no more and no less; its parameters are named as PEFT's.
 """
 
-import hashlib
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -18,7 +17,7 @@ from llamero.core.errors import LlameroError, did_you_mean
 from llamero.model.adapter_config import AdapterConfig
 from llamero.model.dropout import SILENT, Drop, LayerNoise, drop
 from llamero.model.linear import PackedLinear, linear
-from llamero.model.llama import Llama
+from llamero.model.llama import Llama, generator_of
 
 Linear = nn.Linear | PackedLinear
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -51,8 +50,7 @@ class LoraLinear(nn.Module):
     def initialize(self, *, seed: int, name: str, gaussian: bool) -> None:
         """Draw the first factor, by the layer's name so that every layout draws the same; the second is zero."""
         rank, inputs = self.lora_A.weight.shape
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        generator = generator_of(name, seed=seed)
         drawn = torch.empty(rank, inputs)
         if gaussian:
             nn.init.normal_(drawn, std=1 / rank, generator=generator)

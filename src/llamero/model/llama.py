@@ -5,6 +5,7 @@ Tokens travel as one flat row without a batch axis: which of them belong togethe
 Parameters have the names of Hugging Face checkpoints.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -198,15 +199,28 @@ class Llama(nn.Module):
         return self.lm_head(hidden).unflatten(0, (batch, time))
 
 
+@torch.no_grad()
 def initialize(model: Llama, *, seed: int, std: float = 0.02) -> None:
-    """Draw fresh weights: normal, the outputs of attention and MLP smaller by √(2·layers) (GPT-2's rule)."""
-    generator = torch.Generator().manual_seed(seed)
+    """Give every parameter its fresh values (`fresh`)."""
     for name, parameter in model.named_parameters():
-        if name.endswith("layernorm.weight") or name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            last = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = std / (2 * model.config.num_layers) ** 0.5 if last else std
-            nn.init.normal_(parameter, std=scale, generator=generator)
+        parameter.copy_(fresh(name, parameter.shape, layers=model.config.num_layers, seed=seed, std=std))
+
+
+def fresh(name: str, shape: Sequence[int], *, layers: int, seed: int, std: float = 0.02) -> Tensor:
+    """Return fresh values in float32: normal, outputs of attention and MLP smaller by √(2·layers) (GPT-2's rule).
+
+    They depend on the parameter's name, not on what was drawn before, so any process can draw any of them alone.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(*shape)
+    if name.endswith("bias"):
+        return torch.zeros(*shape)
+    last = name.endswith(("o_proj.weight", "down_proj.weight"))
+    scale = std / (2 * layers) ** 0.5 if last else std
+    return torch.empty(*shape).normal_(std=scale, generator=generator_of(name, seed=seed))
+
+
+def generator_of(name: str, *, seed: int) -> torch.Generator:
+    """Return the random numbers that are a parameter's."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))

@@ -21,10 +21,12 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from llamero.checkpoint.hf import Spec
+from llamero.checkpoint.hf import Region, Spec
+from llamero.core import progress
 from llamero.model.llama import Llama
+from llamero.model.weights import Weights, everything
 from llamero.parallel.layout import layers_of, refuse_impossible
 from llamero.parallel.part import Micro, Part
 from llamero.parallel.shard import shard
@@ -50,7 +52,8 @@ class Spread:
     """A model over the processes of a run; over one, it is the model itself.
 
     Args:
-        model: Whole, with the same weights on every process; its modules are taken over.
+        model: Whole, with the same weights on every process, or on the meta device: then `allocate` and `fill` give
+            it this process's share of them. Its modules are taken over.
         world: The processes.
         batch: Rows of a step.
         sequence: Tokens of a row.
@@ -79,7 +82,8 @@ class Spread:
         }
         self.parts = [Part(model, layers_of(n, pieces=pieces, layers=layers), autocast=autocast) for n in self._mine]
         for part in self.parts:
-            part.to(world.device)
+            if not _without_storage(part):
+                part.to(world.device)
             shard(part, world, precision=autocast)
         self.module = nn.ModuleList(self.parts)
         self._schedule = self._pipeline() if pieces > 1 else None
@@ -88,6 +92,36 @@ class Spread:
     def named(self) -> dict[str, nn.Parameter]:
         """Return the parameters of this process under their names in the whole model."""
         return {name: parameter for part in self.parts for name, parameter in part.named().items()}
+
+    # -- weights
+
+    def allocate(self) -> None:
+        """Give a model from the meta device storage for this process's share; nothing is in it yet."""
+        parallel = self.world.parallel
+        on_cpu = parallel.offload and parallel.data > 1
+        for part in self.parts:
+            if _without_storage(part):
+                tied = part.first and part.last and part.lm_head.weight is part.embed_tokens.weight
+                part.to_empty(device=torch.device("cpu") if on_cpu else self.world.device)
+                if tied:
+                    part.lm_head.weight = part.embed_tokens.weight
+
+    @torch.no_grad()
+    def fill(self, weights: Weights, *, trained: bool = True) -> None:
+        """Read this process's share of every parameter, one after the other.
+
+        Args:
+            weights: Where from.
+            trained: Also those that are not frozen.
+        """
+        named = {name: p for name, p in self.named().items() if trained or name not in self.trained}
+        for name, parameter in progress.track(named.items(), "load", unit="tensors"):
+            region = region_of(parameter)
+            if region is None:
+                here = local(lying_as(parameter, weights.part(name, everything(parameter.shape))))
+            else:
+                here = weights.part(name, region)
+            local(parameter).copy_(here)
 
     # -- passes
 
@@ -292,6 +326,26 @@ class Spread:
         else:
             piece = len(pieces) - 1
         return piece % self.world.parallel.pipeline
+
+
+def _without_storage(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def region_of(parameter: Tensor) -> Region | None:
+    """Return which rectangle of a parameter is this process's; `None` where its shard is not one."""
+    start, size = [0] * parameter.dim(), list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis, place in enumerate(parameter.placements):
+            if type(place) is Shard:
+                each = -(-size[place.dim] // mesh.size(axis))
+                before = min(each * mesh.get_local_rank(axis), size[place.dim])
+                start[place.dim] += before
+                size[place.dim] = min(each, size[place.dim] - before)
+            elif not isinstance(place, Replicate):
+                return None
+    return tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
 
 
 def lying_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:

@@ -87,6 +87,28 @@ class World:
         """Return the first process's value."""
         return self.gather(value if self.speaks else None)[0]  # type: ignore[return-value]
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let what one process refuses end all of them with its message; within, none may wait for another.
+
+        Raises:
+            LlameroError: What the first process that refuses has to say; an error of another kind is raised as it is
+                where it happened, and named on the others.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # raised below, when the others know
+            own = error
+        said = own
+        if own is not None and not isinstance(own, LlameroError):
+            said = LlameroError(f"{type(own).__name__}: {own}", where=f"rank {self.rank}")
+        first = next((problem for problem in self.gather(said) if problem is not None), None)
+        if own is not None and said is not own:
+            raise own
+        if first is not None:
+            raise first
+
     def barrier(self) -> None:
         """Wait for all."""
         self.sum([0.0])  # of nothing gloo makes no sum, and nobody would wait

@@ -3,13 +3,13 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from llamero.checkpoint.hf import Spec, write_tensors
+from llamero.checkpoint import packed, peft
+from llamero.checkpoint.hf import Spec, open_tensors, write_tensors
 from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
 from llamero.engine import resume
@@ -19,12 +19,22 @@ from llamero.engine.stage import StageConfig
 from llamero.model.adapter_files import save_adapter
 from llamero.model.adapters import attach, merge, trainable
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import PackedLinear
-from llamero.model.llama import Llama, initialize
-from llamero.model.load import DTYPES, load_model, save_model, write_config
+from llamero.model.llama import Llama
+from llamero.model.load import (
+    DTYPES,
+    EMBEDDING,
+    HEAD,
+    empty_model,
+    load_config,
+    load_model,
+    save_model,
+    write_config,
+)
 from llamero.model.rope import Default
+from llamero.model.weights import Fresh, Grown, Held, NewRows, Stored, Weights, everything
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.spread import Spread
+from llamero.parallel.world import World
 from llamero.parallel.world import device as device_of
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 from llamero.train.config import ShapeConfig
@@ -36,7 +46,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-NewRows = Literal["mean", "copy_last"]
 
 
 def run(
@@ -62,11 +71,13 @@ def run(
         out: Where the model, metrics.jsonl and (while it trains) the checkpoints go.
         new_rows: Where the rows of tokens start that the model to start from does not have.
     """
-    vocabulary = load_tokenizer(tokenizer)
     if stage.adapter is not None and parallel.gpus > 1:
         problem = "adapters are trained by one process so far"
         raise LlameroError(problem, where=f"stage {stage.name}", fix="set `parallel.gpus: 1`, or remove `adapter`")
-    model, new = _model(stage, start, vocabulary, seed=seed, new_rows=new_rows, parallel=parallel)
+    world = World(parallel)
+    with world.together():
+        vocabulary = load_tokenizer(tokenizer)
+        model, weights, new = _model(stage, start, vocabulary, seed=seed, new_rows=new_rows, parallel=parallel)
     config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     if stage.sequence > config.max_position_embeddings:
         raise LlameroError(
@@ -112,6 +123,8 @@ def run(
         seed=seed,
         start=before,
         export=export,
+        weights=weights,
+        world=world,
     )
     return {
         "steps": outcome.steps,
@@ -176,23 +189,38 @@ def _model(
     seed: int,
     new_rows: NewRows,
     parallel: ParallelConfig,
-) -> tuple[Llama, int]:
-    """Return the model to train, and how many rows of its vocabulary are new."""
+) -> tuple[Llama, Weights | None, int]:
+    """Return the model to train, what it is to be filled with, and how many rows of its vocabulary are new."""
     where = f"stage {stage.name}"
     if isinstance(start, ShapeConfig):
         if stage.adapter is not None:
             raise LlameroError("an adapter needs a trained model to start from", where=where, fix="remove `adapter`")
-        model = Llama(fresh_config(start, tokenizer))
-        initialize(model, seed=seed)
-        return model, len(tokenizer)
-    # frozen weights rest in the precision that they are used in; those that are trained in float32
-    half = stage.adapter is not None and autocast(stage, device_of(parallel)) is not None
-    pack = None if stage.adapter is None else stage.adapter.base
-    model = load_model(start, dtype=torch.bfloat16 if half else torch.float32, pack=pack)
-    if stage.adapter is None and any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise LlameroError("a packed model cannot be trained itself", where=where, fix="give the stage an `adapter`")
+        model = empty_model(fresh_config(start, tokenizer))
+        return model, Fresh(model, seed), len(tokenizer)
     known = len(load_tokenizer(start))
-    return model, grow_vocabulary(model, len(tokenizer), known=known, new_rows=new_rows)
+    if stage.adapter is None:
+        return _stored(start, len(tokenizer), known=known, new_rows=new_rows, where=where)
+    # frozen weights rest in the precision that they are used in; those that are trained in float32
+    half = autocast(stage, device_of(parallel)) is not None
+    model = load_model(start, dtype=torch.bfloat16 if half else torch.float32, pack=stage.adapter.base)
+    return model, None, grow_vocabulary(model, len(tokenizer), known=known, new_rows=new_rows)
+
+
+def _stored(start: Path, size: int, *, known: int, new_rows: NewRows, where: str) -> tuple[Llama, Weights | None, int]:
+    """Return a model on the meta device that knows `size` tokens, and what it is to be filled with."""
+    if peft.is_adapter(start):
+        raise LlameroError(
+            f"`{start}` is an adapter, and the stage has none", where=where, fix="start from the merged model"
+        )
+    if packed.read_format(start) is not None:
+        raise LlameroError("a packed model cannot be trained itself", where=where, fix="give the stage an `adapter`")
+    model = empty_model(load_config(start))
+    weights, rows = Stored(model, open_tensors(start)), model.config.vocab_size
+    known = min(known, rows)
+    if size <= known:
+        return model, weights, 0
+    grown = empty_model(replace(model.config, vocab_size=max(rows, size)))
+    return grown, Grown(weights, rows, model.config.hidden_size, known, size, new_rows), size - known
 
 
 def fresh_config(shape: ShapeConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -225,10 +253,7 @@ def fresh_config(shape: ShapeConfig, tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def grow_vocabulary(model: Llama, size: int, *, known: int, new_rows: NewRows = "mean") -> int:
-    """Give a model rows for `size` tokens, in its embedding and, where it is not tied, in its head.
-
-    Rows beyond the known tokens, with which some bases are padded, mean nothing: new tokens take them over and begin
-    like any new row. Those that no token takes stay as they are; a model never loses a row.
+    """Give a model in memory rows for `size` tokens, in its embedding and, where it is not tied, in its head (`Grown`).
 
     Args:
         model: Changed in place.
@@ -239,23 +264,17 @@ def grow_vocabulary(model: Llama, size: int, *, known: int, new_rows: NewRows = 
     Returns:
         How many rows are new.
     """
-    rows = model.config.vocab_size
+    rows, width = model.config.vocab_size, model.config.hidden_size
     known = min(known, rows)
     if size <= known:
         return 0
-    layers: list[nn.Embedding | nn.Linear] = [model.model.embed_tokens]
+    grown, shape = Grown(Held(model), rows, width, known, size, new_rows), (max(rows, size), width)
+    layers: dict[str, nn.Embedding | nn.Linear] = {EMBEDDING: model.model.embed_tokens}
     if not model.config.tie_word_embeddings:
-        layers.append(model.lm_head)
-    for layer in layers:
-        layer.weight = nn.Parameter(_grown(layer.weight.detach(), size, known=known, new_rows=new_rows))
-    model.config = replace(model.config, vocab_size=max(rows, size))
-    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size
+        layers[HEAD] = model.lm_head
+    for name, layer in layers.items():
+        layer.weight = nn.Parameter(grown.part(name, everything(shape)).to(layer.weight.dtype))
+    model.config = replace(model.config, vocab_size=shape[0])
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = shape[0]
     model.tie()
     return size - known
-
-
-def _grown(old: Float[Tensor, "rows dim"], size: int, *, known: int, new_rows: NewRows) -> Float[Tensor, "grown dim"]:
-    new = old.new_empty(max(len(old), size), old.shape[1])
-    new[: len(old)] = old
-    new[known:size] = old[:known].float().mean(0) if new_rows == "mean" else old[known - 1]
-    return new

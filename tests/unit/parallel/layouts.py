@@ -65,8 +65,8 @@ class Result(NamedTuple):
     """How often the first process fetched weights and summed gradients."""
 
 
-def start(orders: list[Order], *, processes: int, where: Path) -> list[subprocess.Popen[str]]:
-    """Start the processes that carry out some orders."""
+def start(orders: list[Any], *, processes: int, where: Path, script: str = __file__) -> list[subprocess.Popen[str]]:
+    """Start the processes that carry out some orders: those of a script."""
     where.mkdir(parents=True, exist_ok=True)
     path = where / "orders.json"
     path.write_text(json.dumps(orders))
@@ -74,7 +74,7 @@ def start(orders: list[Order], *, processes: int, where: Path) -> list[subproces
     about |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return [
         subprocess.Popen(
-            [sys.executable, __file__, str(path)],
+            [sys.executable, script, str(path)],
             env={**os.environ, **about, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
