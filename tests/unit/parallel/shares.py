@@ -69,16 +69,18 @@ def opened(order: Order) -> tuple[Any, Any]:
     from llamero.model.load import empty_model, load_config
     from llamero.model.weights import Fresh, Grown, Stored
 
-    if "start" not in order:
-        model = empty_model(from_hf(order["config"], where="here"))
+    start = order.get("start")
+    if start is None:
+        model = empty_model(from_hf(order.get("config", {}), where="here"))
         return model, Fresh(model, seed=3)
-    directory = Path(order["start"])
+    directory = Path(start)
     model = empty_model(load_config(directory))
     weights: Any = Stored(model, open_tensors(directory))
-    if "grow" in order:
+    grow = order.get("grow")
+    if grow is not None:
         rows, width = model.config.vocab_size, model.config.hidden_size
-        weights = Grown(weights, rows, width, **order["grow"])
-        model = empty_model(replace(model.config, vocab_size=order["grow"]["size"]))
+        weights = Grown(weights, rows, width, **grow)
+        model = empty_model(replace(model.config, vocab_size=grow["size"]))
     return model, weights
 
 
