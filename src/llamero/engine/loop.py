@@ -86,15 +86,7 @@ def train(  # noqa: PLR0913  (all that a stage is)
     spread.allocate()
     optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
-    first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)
-    if weights is not None:
-        with world.together():
-            spread.fill(weights, trained=not first)
-    if stage.optimizer == "keep" and not first:
-        if start is None:
-            where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
-            raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
-        load_moments(start, spread=spread, optimizer=optimizer)
+    first = _begin(spread, stage, optimizer, checkpoints, weights=weights, start=start)
     refuse_small_disk(checkpoints, stage, spread, steps=batches.steps)
     saver = Saver(checkpoints, stage, weights=spread.named(), optimizer=optimizer, world=world)
     run = _Run(spread, stage, batches, seed)
@@ -140,6 +132,29 @@ def _take_best(checkpoints: Path, spread: Spread, optimizer: torch.optim.Optimiz
         )
     step = int(best.name.removeprefix("step-"))
     resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world, step=step)
+
+
+def _begin(
+    spread: Spread,
+    stage: StageConfig,
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Path,
+    *,
+    weights: Weights | None,
+    start: Path | None,
+) -> int:
+    """Fill model and optimizer and return how many steps are done: a checkpoint overrides what is trained, unread."""
+    world = spread.world
+    first = resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world)
+    if weights is not None:
+        with world.together():
+            spread.fill(weights, trained=not first)
+    if stage.optimizer == "keep" and not first:
+        if start is None:
+            where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
+            raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
+        load_moments(start, spread=spread, optimizer=optimizer)
+    return first
 
 
 class _Silent:
