@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llamero.core import progress
 from llamero.core.errors import LlameroError
@@ -21,9 +22,11 @@ from llamero.engine.batches import Batch, Batches
 from llamero.engine.metrics import Metrics, read_lines
 from llamero.engine.noise import noise_of
 from llamero.engine.optimizer import adamw, load_moments, save_moments
+from llamero.engine.phases import PHASES, Phases, largest, memory_of
 from llamero.engine.saving import Saver, best_of, refuse_small_disk
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
+from llamero.engine.work import pairs_of, peak_of, work_of
 from llamero.model.llama import Llama
 from llamero.model.weights import Weights
 from llamero.parallel.config import ParallelConfig
@@ -42,6 +45,8 @@ class Outcome:
     loss: float
     """Of the last step."""
     validation_loss: float | None
+    validation_accuracy: float | None
+    """Share of the supervised tokens that are the likeliest."""
 
 
 def train(  # noqa: PLR0913  (all that a stage is)
@@ -98,15 +103,17 @@ def train(  # noqa: PLR0913  (all that a stage is)
             done = step + 1
             last = done == batches.steps
             if validation is not None and (last or (stage.eval_every and done % stage.eval_every == 0)):
-                line["validation_loss"] = run.validate(validation, step)
-            saver.look()
-            line["save_seconds"] = round(saver.waited(), 3)
+                with run.phases("validation"):
+                    line |= run.validate(validation, step)
+            with run.phases("save"):
+                saver.look()
+            stopped = run.compare(line, stop.asked)
             metrics.write(line)
-            bar.advance(1, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
-            stopped = world.any(stop.asked)
+            bar.advance(1, _note(line))
             if saver.wants(done, line.get("validation_loss")) or stopped or last:
-                metrics.sync()  # a checkpoint must not outlive the lines before it
-                saver.save(done, line.get("validation_loss"))
+                with run.phases("save"):
+                    metrics.sync()  # a checkpoint must not outlive the lines before it
+                    saver.save(done, line.get("validation_loss"))
             if stopped or (last and world.any(stop.asked)):
                 saver.wait()
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
@@ -171,6 +178,11 @@ def _metrics(directory: Path, first: int, world: World) -> AbstractContextManage
     return Metrics(directory / "metrics.jsonl", step=first) if world.speaks else nullcontext(_Silent())
 
 
+def _note(line: Mapping[str, float]) -> str:
+    mfu = f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    return f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
 def autocast(stage: StageConfig, device: torch.device) -> torch.dtype | None:
     """Return the precision of products, or nothing where it is that of the weights."""
     wanted = stage.precision
@@ -187,7 +199,41 @@ def _outcome(lines: list[dict[str, float]]) -> Outcome:
         supervised_tokens=int(sum(line["supervised_tokens"] for line in lines)),
         loss=lines[-1]["loss"],
         validation_loss=lines[-1].get("validation_loss"),
+        validation_accuracy=lines[-1].get("validation_accuracy"),
     )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What batches have; as plain numbers it can be summed over processes."""
+
+    weight: float
+    tokens: float
+    supervised: float
+    pairs: float
+    """Of tokens that attention compares."""
+    weights: Sequence[float]
+    """Of each source."""
+    targets: Sequence[float]
+    """Supervised tokens of each source."""
+
+    def flat(self, factor: float = 1.0) -> list[float]:
+        """Return all numbers times a factor."""
+        numbers = [self.weight, self.tokens, self.supervised, self.pairs, *self.weights, *self.targets]
+        return [factor * number for number in numbers]
+
+    @classmethod
+    def of(cls, flat: Sequence[float]) -> "_Known":
+        """Return what `flat` was made of."""
+        size = (len(flat) - 4) // 2
+        weight, tokens, supervised, pairs = flat[:4]
+        return cls(weight, tokens, supervised, pairs, flat[4 : 4 + size], flat[4 + size :])
+
+
+def _each(key: str, batches: Batches, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """Return the mean of each source that there is something of; nothing where sources are not told apart."""
+    found = zip(batches.sources, sums, counts, strict=False)
+    return {f"{key}/{name}": total / count for name, total, count in found if count}
 
 
 class _Run:
@@ -197,6 +243,9 @@ class _Run:
         # what every process of one share of the rows knows must be counted once
         alone = self.world.along("pipeline") == 0 and self.world.along("tensor") == 0
         self._counts, self._says_loss = float(alone), float(self.world.along("tensor") == 0)
+        self.phases = Phases(self.world.device)
+        self._work = work_of(spread.config, spread.specs, spread.trained)
+        self._peak = peak_of(self.world.device, autocast(stage, self.world.device))
 
     def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
         """Take one optimizer step and return its line of metrics."""
@@ -205,24 +254,60 @@ class _Run:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = self.batches.rows_of(step)
-        parts = self._share(self.batches, rows)
-        known = self._known(parts)
-        weight, tokens, supervised = self.world.sum([self._counts * number for number in known])
-        micros = [self._micro(part, step) for part in parts]
-        own = self.spread.losses(micros, total=weight, z_loss=self.stage.z_loss)
-        norm, loss = self.spread.clip(self.stage.clip or math.inf, self._says_loss * own)
+        with self.phases("data"):
+            parts = self._share(self.batches, rows)
+            micros = [self._micro(part, step) for part in parts]
+            known = self._known(parts, self.batches)
+        with self.phases("forward_backward"):
+            said = _Known.of(self.world.sum(known.flat(self._counts)))
+            tally = self._blank(self.batches, kinds=min(1, len(self.batches.sources)))
+            own = self.spread.losses(micros, total=said.weight, z_loss=self.stage.z_loss, tally=tally)
+        with self.phases("clip"):
+            norm, loss, *by_source = self.spread.clip(self.stage.clip or math.inf, *self._once(own, tally))
         if not math.isfinite(loss) or not math.isfinite(norm):  # before the weights take any of it
             what = f"loss of step {step + 1} is {loss}, its gradient's norm {norm}"
             raise self._not_finite(what, rows, parts)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - began
-        line = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
-        line |= {"supervised_tokens": int(supervised), "tokens_per_second": round(tokens / seconds, 1)}
-        device = self.world.device
-        if device.type == "cuda":
-            line["max_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+        with self.phases("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        line = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm}
+        line |= _each("loss", self.batches, by_source, said.weights)
+        line |= {"tokens": int(said.tokens), "supervised_tokens": int(said.supervised)}
+        return line | self._speed(said, time.monotonic() - began)
+
+    def _speed(self, said: "_Known", seconds: float) -> dict[str, float]:
+        devices, speed = self.world.parallel.gpus, said.tokens / seconds
+        line = {"tokens_per_second": round(speed, 1), "tokens_per_second_per_gpu": round(speed / devices, 1)}
+        if self._peak is not None:
+            flops = self._work.of(tokens=said.tokens, pairs=said.pairs, supervised=said.supervised)
+            line["mfu"] = round(flops / seconds / (devices * self._peak), 4)
         return line
+
+    def compare(self, line: dict[str, float | int], asked: bool) -> bool:
+        """Add the time and memory of the process that needed most, and return whether any is asked to stop.
+
+        One sum over all processes is the price. What follows it in a step, such as saving, counts in the next line.
+        """
+        memory = memory_of(self.world.device)
+        found, stopped = largest(self.world, [*self.phases.taken(), *memory.values()], asked)
+        for name, (value, rank) in zip((*PHASES, *memory), found, strict=True):
+            if name in memory:
+                line[name] = round(value, 3)
+            elif value:
+                line[f"time/{name}"] = round(value, 4)
+                if self.world.size > 1:
+                    line[f"slowest/{name}"] = rank
+        return stopped
+
+    def _blank(self, batches: Batches, *, kinds: int) -> Tensor | None:
+        """Return what numbers of each source are added up in; nothing where nobody asks."""
+        size = kinds, max(1, len(batches.sources))
+        return torch.zeros(size, dtype=torch.float64, device=self.world.device) if kinds else None
+
+    def _once(self, own: Tensor, tally: Tensor | None) -> tuple[Tensor, ...]:
+        """Return a loss and a tally as numbers that can be summed over all processes."""
+        said = own[None] if tally is None else torch.cat([own[None], tally.flatten()])
+        return (self._says_loss * said).unbind()
 
     def _share(self, batches: Batches, rows: Sequence[int]) -> list[Batch]:
         """Return this process's micro-batches of a step: as many on every process, the last ones perhaps empty."""
@@ -240,10 +325,21 @@ class _Run:
             noise = noise_of(part, self.stage, layers=layers, seed=self.seed, step=step, device=device)
         return _plain(part)._replace(noise=noise)
 
-    def _known(self, parts: Sequence[Batch]) -> tuple[float, int, int]:
-        """Return weight, tokens and supervised tokens of batches."""
-        weight = sum(float(part.weights.sum()) for part in parts)
-        return weight, sum(part.tokens for part in parts), sum(len(part.targets) for part in parts)
+    def _known(self, parts: Sequence[Batch], batches: Batches) -> "_Known":
+        """Return what batches have."""
+        sources = torch.zeros(2, max(1, len(batches.sources)), dtype=torch.float64)
+        for part in parts:
+            sources[0].index_add_(0, part.sources, part.weights.double())
+            sources[1].index_add_(0, part.sources, torch.ones_like(part.weights).double())
+        real = [part for part in parts if part.documents]
+        return _Known(
+            sum(float(part.weights.sum()) for part in parts),
+            sum(part.tokens for part in parts),
+            sum(len(part.targets) for part in parts),
+            sum(pairs_of(part.lengths) for part in real),
+            weights=sources[0].tolist(),
+            targets=sources[1].tolist(),
+        )
 
     def _not_finite(self, what: str, rows: Sequence[int], parts: Sequence[Batch]) -> LlameroError:
         mine = [number for part in parts for number in part.documents]
@@ -254,21 +350,32 @@ class _Run:
             fix="lower `lr`, or look at these documents; the last checkpoint before this step is kept",
         )
 
-    def validate(self, validation: Batches, step: int) -> float:
-        """Return the loss per unit of weight over all validation rows; it must be finite."""
-        loss = weight = 0.0
+    def validate(self, validation: Batches, step: int) -> dict[str, float]:
+        """Return loss per unit of weight and accuracy on supervised tokens over all validation rows.
+
+        Raises:
+            LlameroError: If the loss is not finite.
+        """
+        names = validation.sources
         at_once = self.spread.passes.rows * self.spread.passes.count * self.world.parallel.data
         if self.world.size == 1:
             at_once = self.spread.passes.rows
+        total: list[float] = []
         for start in range(0, len(validation), at_once):
             rows = range(start, min(start + at_once, len(validation)))
             parts = self._share(validation, rows)
-            own = self.spread.losses([_plain(part) for part in parts], backward=False).item()
-            more, heavier = self.world.sum([self._says_loss * own, self._counts * self._known(parts)[0]])
-            loss, weight = loss + more, weight + heavier
-            if not math.isfinite(loss):
-                raise self._not_finite(f"validation loss after step {step + 1} is {loss}", rows, parts)
-        return loss / weight
+            tally = self._blank(validation, kinds=2)
+            own = self.spread.losses([_plain(part) for part in parts], backward=False, tally=tally)
+            known = self._known(parts, validation).flat(self._counts)
+            more = self.world.sum([*torch.stack(self._once(own, tally)).tolist(), *known])
+            total = [a + b for a, b in zip(total, more, strict=True)] if total else more
+            if not math.isfinite(total[0]):
+                raise self._not_finite(f"validation loss after step {step + 1} is {total[0]}", rows, parts)
+        size = max(1, len(names))
+        nll, right, said = total[1 : 1 + size], total[1 + size : 1 + 2 * size], _Known.of(total[1 + 2 * size :])
+        line = {"validation_loss": total[0] / said.weight, "validation_accuracy": sum(right) / said.supervised}
+        line |= _each("validation_loss", validation, nll, said.weights)
+        return line | _each("validation_accuracy", validation, right, said.targets)
 
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
@@ -277,7 +384,7 @@ EMPTY = Batch(torch.zeros(1, dtype=torch.int64), (1,), NOTHING, NOTHING, torch.z
 
 
 def _plain(batch: Batch) -> Micro:
-    return Micro(batch.ids, batch.lengths, batch.learned, batch.targets, batch.weights)
+    return Micro(batch.ids, batch.lengths, batch.learned, batch.targets, batch.weights, sources=batch.sources)
 
 
 def _few(numbers: Sequence[int]) -> str:

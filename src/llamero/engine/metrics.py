@@ -1,7 +1,15 @@
-"""metrics.jsonl: one line a step, the record that TensorBoard, wandb and the card read."""
+"""metrics.jsonl: one line a step, the record that TensorBoard, wandb, the picture and the card read.
+
+Keys of a line: `step`, `loss`, `lr`, `grad_norm`, `tokens`, `supervised_tokens`; `loss/SOURCE` of every source that
+the step has tokens of; `tokens_per_second`, `tokens_per_second_per_gpu`, `mfu` where the device's peak is known;
+`memory_gib` (of the process that has most: the peak allocated on CUDA, resident on CPU), `reserved_gib`; `time/PHASE`,
+seconds where it took longest, and which rank that was, `slowest/PHASE`; of a validation `validation_loss`,
+`validation_accuracy`, and both of every source.
+"""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +45,15 @@ class Metrics:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._file.close()
+
+
+MEASURED = re.compile(r"(time|slowest)/.*|tokens_per_second.*|mfu|memory_gib|reserved_gib")
+"""Keys of what a run measures of itself; all else is the same whenever the recipe is."""
+
+
+def decided(line: Mapping[str, float]) -> dict[str, float]:
+    """Return what of a line the recipe decides, not the machine."""
+    return {key: value for key, value in line.items() if not MEASURED.fullmatch(key)}
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:

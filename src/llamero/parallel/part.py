@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from llamero.kernels.cross_entropy import Share, linear_cross_entropy, sharded_linear_cross_entropy
+from llamero.kernels.cross_entropy import Seen, Share, linear_cross_entropy, sharded_linear_cross_entropy
 from llamero.model.attention import Documents
 from llamero.model.dropout import SILENT, Noise
 from llamero.model.llama import Llama
@@ -31,6 +31,8 @@ class Micro(NamedTuple):
     """How much it counts."""
     noise: Noise | None = None
     """What training leaves out or adds."""
+    sources: Int[Tensor, " learned"] | None = None
+    """Number of the source that each learned token is of; None where they are not told apart."""
 
     def to(self, device: torch.device) -> "Micro":
         """Return it on a device."""
@@ -41,6 +43,7 @@ class Micro(NamedTuple):
             self.targets.to(device),
             self.weights.to(device),
             self.noise and replace(self.noise, keys=self.noise.keys.to(device), lengths=self.noise.lengths.to(device)),
+            self.sources if self.sources is None else self.sources.to(device),
         )
 
     def padded(self, tokens: int) -> "Micro":
@@ -72,6 +75,8 @@ class Part(nn.Module):
         self._residual = llama.model.embed_tokens.weight.dtype  # whatever the weights are rounded to on their way here
         self.z_loss = 0.0
         """How much large logits cost."""
+        self.tally: Float[Tensor, "kinds sources"] | None = None
+        """What is added up by source on the way, see `Spread.losses`."""
         self.tensor: DeviceMesh | None = None
         """The processes that share this part's matrices."""
         self.spread: Placement = Replicate()
@@ -135,9 +140,24 @@ class Part(nn.Module):
             share = Share(self.tensor.get_group(), start)
         learned = hidden if len(micro.learned) == len(micro.ids) else hidden[micro.learned]
         learned = learned if self._autocast is None else learned.to(self._autocast)
+        seen = None if self.tally is None else Seen.blank(learned, right=len(self.tally) > 1)
+        about = micro.targets, micro.weights
         if self.first and share is None:
-            return linear_cross_entropy(learned, weight, micro.targets, micro.weights, self.z_loss)
-        return sharded_linear_cross_entropy(learned, weight, micro.targets, micro.weights, share, self.z_loss)
+            loss = linear_cross_entropy(learned, weight, *about, self.z_loss, seen)
+        else:
+            loss = sharded_linear_cross_entropy(learned, weight, *about, share, self.z_loss, seen)
+        if seen is not None:
+            self._count(seen, micro)
+        return loss
+
+    def _count(self, seen: Seen, micro: Micro) -> None:
+        """Add to the tally what was seen, by a product, which unlike atomics has one order of summation."""
+        assert self.tally is not None
+        sources = torch.zeros_like(micro.targets) if micro.sources is None else micro.sources
+        belongs = sources[:, None] == torch.arange(self.tally.shape[1], device=sources.device)
+        kinds = [seen.nll * micro.weights, seen.right]
+        found = torch.stack([kind.double() for kind in kinds if kind is not None])
+        self.tally += found @ belongs.double()
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)

@@ -126,7 +126,13 @@ class Spread:
     # -- passes
 
     def losses(
-        self, micros: Sequence[Micro], *, total: float = 1.0, z_loss: float = 0.0, backward: bool = True
+        self,
+        micros: Sequence[Micro],
+        *,
+        total: float = 1.0,
+        z_loss: float = 0.0,
+        backward: bool = True,
+        tally: Float[Tensor, "kinds sources"] | None = None,
     ) -> Float[Tensor, ""]:
         """Return Σ weight·nll / total of this process's micro-batches, or 0 where the last layers are another's.
 
@@ -137,10 +143,12 @@ class Spread:
             total: Weight of the whole step.
             z_loss: How much large logits cost.
             backward: Whether to add the gradients to `.grad`.
+            tally: In float64, on the device: Σ weight·nll of each source, without z-loss, is added to its first row,
+                and how many targets are the likeliest token to its second, if it has one.
         """
         ready = [self._even(micro).to(self.world.device) for micro in micros]
         for part in self.parts:
-            part.micros, part.z_loss = ready, z_loss
+            part.micros, part.z_loss, part.tally = ready, z_loss, tally
         with torch.set_grad_enabled(backward):
             if self._schedule is not None:
                 loss = self._scheduled(total, backward=backward)

@@ -132,6 +132,8 @@ def run(
         "supervised_tokens": outcome.supervised_tokens,
         "loss": outcome.loss,
         "validation_loss": outcome.validation_loss,
+        "validation_accuracy": outcome.validation_accuracy,
+        "batch_rows": batches.batch,
         "parameters": parameters if stage.adapter is None else sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained,
         "vocabulary": {

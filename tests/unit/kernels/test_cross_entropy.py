@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamero.kernels import cross_entropy
-from llamero.kernels.cross_entropy import linear_cross_entropy, plain, sharded_linear_cross_entropy
+from llamero.kernels.cross_entropy import Seen, linear_cross_entropy, plain, sharded_linear_cross_entropy
 
 torch.set_num_threads(1)  # tiny tensors: a second thread would only be waited for
 
@@ -163,3 +163,37 @@ def test_the_loss_of_a_head_that_could_be_shared_is_that_of_the_whole(z_loss):
     loss = sharded_linear_cross_entropy(hidden, weight, targets, weights, None, z_loss)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss * 3, (hidden, weight)), gradients)
+
+
+def sharded(hidden, weight, targets, weights, z_loss=0.0, seen=None):
+    return sharded_linear_cross_entropy(hidden, weight, targets, weights, None, z_loss, seen)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, sharded])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_seen_of_each_position_is_what_all_logits_show(function, chunk, grad, chunks_of):
+    chunks_of(chunk)
+    hidden, weight, targets, weights = drawn(23, seed=3)
+    likeliest = (hidden @ weight.T).argmax(-1)
+    targets = torch.where(torch.arange(23) % 3 == 0, likeliest, targets)  # some are right
+    ours, theirs = (Seen.blank(hidden, right=True) for _ in range(2))
+    expected = plain(hidden, weight, targets, weights, 0.1, theirs)
+    with torch.set_grad_enabled(grad):
+        loss = function(hidden, weight, targets, weights, 0.1, ours)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.nll, theirs.nll)
+    assert ours.right is not None
+    assert theirs.right is not None
+    assert ours.right.tolist() == theirs.right.tolist() == (likeliest == targets).tolist()
+    assert 8 <= ours.right.sum() < 23
+    torch.testing.assert_close((ours.nll * weights).sum(), function(hidden, weight, targets, weights))
+
+
+@pytest.mark.parametrize("function", [plain, linear_cross_entropy, sharded])
+def test_of_equal_logits_the_first_token_is_the_likeliest(function):
+    hidden, weight = torch.ones(3, DIM), torch.ones(VOCAB, DIM)
+    seen = Seen.blank(hidden, right=True)
+    function(hidden, weight, torch.tensor([0, 1, VOCAB - 1]), torch.ones(3), 0.0, seen)
+    assert seen.right is not None
+    assert seen.right.tolist() == [True, False, False]

@@ -35,6 +35,10 @@ STAGE = {
 }
 
 
+BY_SOURCE = ("loss/a", "loss/b", "validation_loss/a", "validation_loss/b")
+ACCURACY = ("validation_accuracy", "validation_accuracy/a", "validation_accuracy/b")
+
+
 def free_port() -> int:
     """Return a port that nobody uses now."""
     with socket.socket() as sock:
@@ -111,8 +115,14 @@ def differences(result: Result, expected: Result) -> dict[str, float]:
     pairs = list(zip(result.lines, expected.lines, strict=True))
     found = {
         key: max(abs(a[key] / b[key] - 1) for a, b in pairs if key in b)
-        for key in ("loss", "grad_norm", "validation_loss", "tokens", "supervised_tokens")
+        for key in ("loss", "grad_norm", "validation_loss", "tokens", "supervised_tokens", *BY_SOURCE)
     }
+    for a, b in pairs:
+        assert {key for key in a if key.partition("/")[0] not in ("time", "slowest")} == {
+            key for key in b if key.partition("/")[0] not in ("time", "slowest")
+        }
+        assert [a.get(key) for key in ACCURACY] == [b.get(key) for key in ACCURACY]
+    assert pairs[-1][0]["validation_accuracy"] > 0
     assert result.weights.keys() == expected.weights.keys()
     found["weights"] = max(
         float((result.weights[name] - value).norm() / value.norm()) for name, value in expected.weights.items()
@@ -164,6 +174,7 @@ def work(order: Order, where: Path) -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
+    from llamero.corpus.dataset import Sources
     from llamero.engine.batches import Batches
     from llamero.engine.loop import train
     from llamero.engine.metrics import read_lines
@@ -175,8 +186,9 @@ def work(order: Order, where: Path) -> None:
     shape = SHAPE | order.get("shape", {})
     stage = StageConfig.model_validate(STAGE | order.get("stage", {}))
     tokens, roles = _data(shape["vocabulary"])
-    batches = Batches(tokens, roles, stage, seed=1, where="here")
-    held = Batches(tokens[:21], roles[:21], stage, seed=1, where="here")
+    sources, few = (Sources(("a", "b"), (7, end)) for end in (len(tokens), 21))
+    batches = Batches(tokens, roles, stage, seed=1, where="here", sources=sources)
+    held = Batches(tokens[:21], roles[:21], stage, seed=1, where="here", sources=few)
 
     def export(spread: Spread) -> None:
         tensors = {name: tensor.detach().clone() for name, tensor in spread.whole()}

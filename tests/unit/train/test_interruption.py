@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llamero.engine import metrics
+
 STAGE = {"name": "tiny", "mixture": "chat", "sequence": 64, "batch": 4, "steps": 6, "lr": 1e-2, "warmup": 2}
 STAGE |= {"save_every": 2, "eval_every": 3, "learn": {"user": 0.5}}
 
@@ -45,10 +47,7 @@ def decided(root):
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != "metrics.jsonl"
     }
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["tokens_per_second"], line["save_seconds"]
-    return files, lines
+    return files, [metrics.decided(line) for line in metrics.read_lines(directory / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
