@@ -77,4 +77,4 @@ def test_a_recipe_on_two_processes_is_the_one_on_one(recipe, tmp_path, axis):
 def test_several_devices_without_torchrun_are_refused_with_the_line_to_use(recipe, tmp_path):
     said = llamero(recipe, tmp_path / "run", "--set", "parallel.gpus=2")
     assert said.returncode == 2
-    assert "torchrun --nproc-per-node 2 -m llamero.cli run" in said.stderr
+    assert "torchrun --standalone --nproc-per-node 2 -m llamero.cli run" in said.stderr

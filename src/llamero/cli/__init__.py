@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # On a machine that does other work too, threads that wait by spinning slow each other down several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+FIRST_SPEAKS = 3.0
+"""Seconds in which the first of several processes can say what is wrong before the others do."""
 
 app = App(
     name="llamero",
@@ -69,16 +73,29 @@ def _obey(arguments: Sequence[str] | None) -> None:
     except LlameroError as error:
         if debug:
             raise
-        say_error(error)
-        sys.exit(2)
+        _refuse(error)
     except OSError as error:
         if debug or error.filename is None:
             raise
-        say_error(LlameroError(str(error.strerror), where=error.filename))
-        sys.exit(2)
+        _refuse(LlameroError(str(error.strerror), where=error.filename))
     except Interrupted as stopped:
-        err.print(f"stopped: {stopped}. Run the same command again to go on.", highlight=False)
-        sys.exit(130)
+        _stop(f"stopped: {stopped}. Run the same command again to go on.")
     except KeyboardInterrupt:
-        err.print("stopped. Finished stages are kept; run the same command again to go on.", highlight=False)
-        sys.exit(130)
+        _stop("stopped. Finished stages are kept; run the same command again to go on.")
+
+
+def _refuse(error: LlameroError) -> NoReturn:
+    """Say what is wrong and end; of several processes the first says what all of them find."""
+    if world.rank():
+        time.sleep(FIRST_SPEAKS)  # torchrun ends the others with the first that ends
+        where = " at ".join(filter(None, [f"rank {world.rank()}", error.where]))
+        error = LlameroError(error.problem, where=where, fix=error.fix)
+    say_error(error)
+    world.tell_torchrun(str(error))
+    sys.exit(2)
+
+
+def _stop(said: str) -> NoReturn:
+    if world.rank() == 0:
+        err.print(said, highlight=False)
+    sys.exit(130)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from pathlib import Path
 
 from llamero.core.errors import LlameroError
 
@@ -29,8 +32,22 @@ def refuse_other_size(gpus: int) -> None:
         return
     if processes == 1:
         problem = f"`gpus: {gpus}` needs {gpus} processes, and this is one"
-        fix = f"torchrun --nproc-per-node {gpus} -m llamero.cli run RECIPE; over several machines also --nnodes"
+        fix = (
+            f"torchrun --standalone --nproc-per-node {gpus} -m llamero.cli run RECIPE; for several machines `llamero "
+            "launch`; in this one process --set parallel={}"
+        )
     else:
         problem = f"{processes} processes were started, and the recipe says `gpus: {gpus}`"
-        fix = f"--set parallel.gpus={processes}"
+        fix = f"start {gpus}, or --set parallel.gpus={processes} (and the axes that have them)"
     raise LlameroError(problem, where="parallel.gpus", fix=fix)
+
+
+def tell_torchrun(said: str) -> None:
+    """Leave what went wrong where `torchrun` looks for it: it then ends its own long summary with it.
+
+    The file is the one of torch.distributed.elastic.multiprocessing.errors; without `torchrun` there is none.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"py_callstack": said, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": told}}), encoding="utf-8")

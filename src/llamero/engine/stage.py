@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from llamero.core.config import Strict
 from llamero.model.adapter_config import AdapterConfig
 
 Overlong = Literal["error", "drop", "truncate", "split"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Learn(Strict):
@@ -96,7 +97,7 @@ class StageConfig(Strict):
     `wsd_sqrt` as 1 − √x."""
     decay: float | None = Field(default=None, gt=0)
     """Steps at the end in which `wsd` and `wsd_sqrt` fall, or, below 1, their share of the stage; 0.2 by default."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""

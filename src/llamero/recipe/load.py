@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from typing import TYPE_CHECKING, Any
@@ -97,10 +98,16 @@ def _explain(error: ValidationError, node: yaml.Node, value: Any) -> LlameroErro
     elif first["type"] == "union_tag_invalid":
         text = f"unknown {context['discriminator']} `{context['tag']}`"
         fix = did_you_mean(context["tag"], [name.strip(" '") for name in context["expected_tags"].split(",")])
+    elif first["type"] == "literal_error":
+        fix = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", context["expected"]))
+    elif first["type"] == "model_type":
+        text = f"expected keys and their values: {', '.join(_keys_at(place))}"
     elif first["type"] == "union_tag_not_found":
         text, got, fix = f"{context['discriminator']} is missing", "", f"add {context['discriminator']}"
     elif first["type"] == "missing" and place:
         fix = f"add `{place[-1]}`"
+    if fix is None and place and re.search("_type$|_parsing$|_mismatch$", first["type"]):
+        fix = _meaning(place)
     key = ".".join(_keys(place, value)) or "recipe"
     more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
     return LlameroError(f"{key}: {text}{got}{more}", where=lines.find(node, place), fix=fix)
@@ -122,9 +129,76 @@ def _keys(place: Sequence[Any], value: Any) -> list[str]:
     return keys
 
 
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "train_iters": "steps",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_length": "sequence",
+    "max_seq_length": "sequence",
+    "seq_length": "sequence",
+    "seq_len": "sequence",
+    "warmup_steps": "warmup",
+    "lr_warmup_iters": "warmup",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule",
+    "batch_size": "batch",
+    "global_batch_size": "batch_samples",
+    "per_device_train_batch_size": "parallel.micro_batch",
+    "micro_batch_size": "parallel.micro_batch",
+    "gradient_accumulation_steps": "batch",
+    "max_grad_norm": "clip",
+    "clip_grad": "clip",
+    "adam_epsilon": "eps",
+    "adam_eps": "eps",
+    "bf16": "precision",
+    "gradient_checkpointing": "parallel.recompute",
+    "activation_checkpointing": "parallel.recompute",
+    "eval_steps": "eval_every",
+    "eval_interval": "eval_every",
+    "save_steps": "save_every",
+    "save_interval": "save_every",
+    "save_total_limit": "keep",
+    "lora": "adapter",
+    "hidden_dropout": "dropout",
+    "tp": "tensor",
+    "tensor_parallel": "tensor",
+    "tensor_model_parallel_size": "tensor",
+    "pp": "pipeline",
+    "pipeline_parallel": "pipeline",
+    "pipeline_model_parallel_size": "pipeline",
+    "dp": "replicate",
+    "data_parallel": "replicate",
+    "fsdp": "shard",
+    "zero_stage": "shard",
+    "num_gpus": "gpus",
+    "nproc_per_node": "gpus",
+    "world_size": "gpus",
+}
+"""What other trainers call a key of a stage or of `parallel:`."""
+
+
+def _keys_at(place: tuple[str | int, ...]) -> list[str]:
+    return sorted({name for model in _models_at(Recipe, place) for name in model.model_fields})
+
+
+def _meaning(place: tuple[str | int, ...]) -> str | None:
+    """Return what a key means, as its documentation has it."""
+    *around, last = place
+    for model in _models_at(Recipe, tuple(around)):
+        field = model.model_fields.get(str(last))
+        if field is not None and field.description:
+            return f"`{last}`: {' '.join(field.description.split())}"
+    return None
+
+
 def _nearest_key(place: tuple[str | int, ...]) -> str:
     *around, last = place
     models = list(_models_at(Recipe, tuple(around)))
+    ours = _ELSEWHERE.get(str(last).lower().replace("-", "_"), "")
+    if ours and any(ours in model.model_fields or ours.startswith("parallel.") for model in models):
+        return f"it is called `{ours}` here"
     fitting = [model for model in models if around and _tag_fits(model, around[-1])]
     known = {name for model in fitting or models for name in model.model_fields}
     known |= {compose.EXTENDS} if MixtureConfig in models else set()

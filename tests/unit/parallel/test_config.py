@@ -109,7 +109,7 @@ def test_a_share_of_a_batch_is_cut_into_micro_batches(keys, batch, expected):
 
 
 def test_a_recipe_for_several_devices_says_how_to_start_them(monkeypatch):
-    with pytest.raises(LlameroError, match=r"torchrun --nproc-per-node 8 -m llamero.cli run RECIPE"):
+    with pytest.raises(LlameroError, match=r"torchrun --standalone --nproc-per-node 8 -m llamero.cli run RECIPE"):
         refuse_other_size(8)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(LlameroError, match=r"4 processes were started(?s:.*)--set parallel.gpus=4"):
