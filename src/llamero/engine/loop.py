@@ -160,7 +160,8 @@ def _begin(
         if start is None:
             where, fix = f"stage {stage.name}", "set `optimizer: fresh`"
             raise LlameroError("`optimizer: keep`, but no stage comes before this one", where=where, fix=fix)
-        load_moments(start, spread=spread, optimizer=optimizer)
+        with world.together():
+            load_moments(start, spread=spread, optimizer=optimizer)
     return first
 
 

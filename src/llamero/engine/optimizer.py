@@ -1,6 +1,7 @@
 """AdamW with the usual exclusions (Loshchilov & Hutter 2019, arXiv:1711.05101), and its moments from stage to stage."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from llamero.checkpoint import hf
 from llamero.core.errors import LlameroError
 from llamero.engine.stage import StageConfig
-from llamero.parallel.spread import Spread, lying_as
+from llamero.model.weights import finite_part
+from llamero.parallel.spread import Spread, put_share
 
 MOMENTS = "optimizer"
 """Folder of the moments beside a model."""
@@ -50,10 +52,10 @@ def save_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
 
 
 def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that `save_moments` wrote beside a model.
+    """Give an optimizer the state that `save_moments` wrote beside a model; every process reads its share.
 
     Raises:
-        LlameroError: If there is none, or that of a model of another shape.
+        LlameroError: If there is none, that of a model of another shape, or one that is not finite.
     """
     if not (directory / MOMENTS).is_dir():
         raise LlameroError(
@@ -69,14 +71,17 @@ def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
         state: dict[str, Tensor] = {}
         for key, shape in wanted.items():
             full = f"{name}.{key}"
-            if full not in stored or stored[full].shape != shape:
+            if full not in stored or stored.specs[full].shape != shape:
                 raise LlameroError(
                     f"the moments are not those of this model: `{full}` is missing or has another shape",
                     where=directory / MOMENTS,
                     fix="set `optimizer: fresh`",
                 )
-            value = stored[full].to(parameter.device)
-            state[key] = value if key == "step" else lying_as(parameter, value)
+            if key == "step":
+                state[key] = stored[full].to(parameter.device)
+                continue
+            state[key] = torch.zeros_like(parameter, requires_grad=False)
+            put_share(state[key], partial(finite_part, stored, full))
         optimizer.state[parameter] = state
 
 

@@ -90,11 +90,19 @@ class Stored:
         Raises:
             LlameroError: If a value in it is not finite.
         """
-        source = self._names[name]
-        value = self._tensors.part(source, region).contiguous()
-        if not finite(value):
-            raise _not_finite(source, self._tensors)
-        return value
+        return finite_part(self._tensors, self._names[name], region)
+
+
+def finite_part(tensors: hf.Tensors, name: str, region: Region) -> Tensor:
+    """Return a rectangle of a stored tensor.
+
+    Raises:
+        LlameroError: If a value in it is not finite; those of the whole tensor are counted.
+    """
+    value = tensors.part(name, region).contiguous()
+    if not finite(value):
+        raise _not_finite(name, tensors)
+    return value
 
 
 def finite(values: Tensor) -> bool:

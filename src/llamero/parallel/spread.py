@@ -7,6 +7,7 @@ arXiv:2104.04473), zero-bubble (Qi et al. 2023, arXiv:2401.10241), all by `torch
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,12 +117,7 @@ class Spread:
         """
         named = {name: p for name, p in self.named().items() if trained or name not in self.trained}
         for name, parameter in progress.track(named.items(), "load", unit="tensors"):
-            region = region_of(parameter)
-            if region is None:
-                here = local(lying_as(parameter, weights.part(name, everything(parameter.shape))))
-            else:
-                here = weights.part(name, region)
-            local(parameter).copy_(here)
+            put_share(parameter, partial(weights.part, name))
 
     # -- passes
 
@@ -340,6 +336,15 @@ def _without_storage(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
+def put_share(parameter: Tensor, read: Callable[[Region], Tensor]) -> None:
+    """Fill what a process holds of a parameter, by a function that reads a rectangle of it."""
+    region = region_of(parameter)
+    if region is None:
+        local(parameter).copy_(local(lying_as(parameter, read(everything(parameter.shape)))))
+    else:
+        local(parameter).copy_(read(region))
+
+
 def region_of(parameter: Tensor) -> Region | None:
     """Return which rectangle of a parameter is this process's; `None` where its shard is not one."""
     start, size = [0] * parameter.dim(), list(parameter.shape)
@@ -356,7 +361,7 @@ def region_of(parameter: Tensor) -> Region | None:
     return tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
 
 
-def lying_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+def lying_as(parameter: Tensor, whole: Tensor) -> Tensor:
     """Return of a whole tensor what a process holds of a parameter."""
     if not isinstance(parameter, DTensor):
         return whole

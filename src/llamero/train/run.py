@@ -199,13 +199,26 @@ def _model(
             raise LlameroError("an adapter needs a trained model to start from", where=where, fix="remove `adapter`")
         model = empty_model(fresh_config(start, tokenizer))
         return model, Fresh(model, seed), len(tokenizer)
-    known = len(load_tokenizer(start))
+    known = _known(load_tokenizer(start), tokenizer, where=start)
     if stage.adapter is None:
         return _stored(start, len(tokenizer), known=known, new_rows=new_rows, where=where)
     # frozen weights rest in the precision that they are used in; those that are trained in float32
     half = autocast(stage, device_of(parallel)) is not None
     model = load_model(start, dtype=torch.bfloat16 if half else torch.float32, pack=stage.adapter.base)
     return model, None, grow_vocabulary(model, len(tokenizer), known=known, new_rows=new_rows)
+
+
+def _known(old: Tokenizer, tokenizer: Tokenizer, *, where: Path) -> int:
+    """Return how many tokens a model knows by its own tokenizer; the release's must call them the same."""
+    for number in range(min(len(old), len(tokenizer))):
+        one, other = old.backend.id_to_token(number), tokenizer.backend.id_to_token(number)
+        if one is not None and one != other:
+            raise LlameroError(
+                f"token {number} is `{one}` to the model and `{other}` to the release: not one tokenizer",
+                where=where,
+                fix="start from a model whose tokenizer is that of the release, or of its `base`",
+            )
+    return len(old)
 
 
 def _stored(start: Path, size: int, *, known: int, new_rows: NewRows, where: str) -> tuple[Llama, Weights | None, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llamero.model.config import from_hf
 from llamero.model.llama import Llama, initialize
@@ -151,3 +151,31 @@ def test_a_process_reads_what_it_holds(root, four, name):
     held = sum(one["holds"] for one in everyone)
     assert copies * whole <= held <= copies * whole + 4 * twice  # norms lie whole on the tensor axis
     assert max(one["holds"] for one in everyone) < 0.62 * copies * whole
+
+
+def damaged(root, name, **values):
+    """Return an order for a copy of the base with some values in its tensors."""
+    (root / name).mkdir()
+    (root / name / "config.json").write_text((root / "base" / "config.json").read_text())
+    tensors = load_file(root / "base" / "model.safetensors")
+    for tensor, (row, value) in values.items():
+        tensors[tensor.replace("__", ".")][row] = value
+    save_file(tensors, root / name / "model.safetensors", {"format": "pt"})
+    return {"name": f"load {name}", "start": str(root / name)}
+
+
+@pytest.mark.parametrize(
+    ("value", "said", "parallel"),
+    [
+        (float("nan"), "has 32 NaN and 0 infinite values among 2144", {}),
+        (float("-inf"), "has 0 NaN and 32 infinite values among 2144", {"pipeline": 2}),
+    ],
+    ids=["nan", "infinite"],
+)
+def test_what_one_process_finds_ends_both(root, value, said, parallel):
+    """The last row of the head is read by the second process alone."""
+    order = damaged(root, str(value), lm_head__weight=(-1, value)) | {"parallel": parallel}
+    ended = layouts.end(layouts.start([order], processes=2, where=root / "two", script=SCRIPT))
+    for code, err in ended:
+        assert code == 2, err
+        assert f"model.safetensors: tensor `lm_head.weight` {said}" in err

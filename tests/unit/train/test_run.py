@@ -9,11 +9,12 @@ from llamero.core.errors import LlameroError
 from llamero.engine.metrics import read_lines
 from llamero.engine.stage import StageConfig
 from llamero.model.load import load_model, save_model
+from llamero.model.weights import NewRows, Stored
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import device
 from llamero.text.tokenizer import load_tokenizer
 from llamero.train.config import ShapeConfig
-from llamero.train.run import NewRows, fresh_config, grow_vocabulary, run
+from llamero.train.run import fresh_config, grow_vocabulary, run
 
 SHAPE = {"hidden": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 24, "context": 64}
 
@@ -196,6 +197,44 @@ def test_rows_are_new_once_and_a_later_stage_goes_on_with_them(train, tokenizer,
     torch.testing.assert_close(later, head, rtol=0, atol=1e-7)
     old = load_model(base).lm_head.weight.detach()
     assert not torch.allclose(head[-1], torch.tensor(start_of(old, len(old), new_rows)), rtol=0, atol=1e-4)
+
+
+def test_a_model_of_another_tokenizer_is_refused(train):
+    _, base = train(steps=1)
+    said = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = said["model"]["vocab"]
+    one, other = (next(token for token, number in vocabulary.items() if number == n) for n in (70, 71))
+    vocabulary[one], vocabulary[other] = 71, 70
+    (base / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(LlameroError, match=r"token 70 is `.*` to the model and `.*` to the release"):
+        train(name="second", start=base, steps=1)
+
+
+def test_values_that_are_not_finite_are_found_before_the_first_step(train):
+    _, base = train(steps=1)
+    model = load_model(base)
+    with torch.no_grad():
+        weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+        weight[3, 2] = float("nan")
+        weight[4, :2] = float("inf")
+    save_model(model, base)
+    found = r"model.safetensors: tensor `model.layers.1.mlp.up_proj.weight` has 1 NaN and 2 infinite"
+    with pytest.raises(LlameroError, match=found):
+        train(name="second", start=base, steps=1)
+    assert not (base.parent / "second" / "metrics.jsonl").exists()
+
+
+def test_weights_that_a_checkpoint_overrides_are_not_read(train, monkeypatch):
+    _, base = train(steps=1)
+    read, part = [], Stored.part
+    monkeypatch.setattr(Stored, "part", lambda self, name, region: read.append(name) or part(self, name, region))
+    monkeypatch.setattr("llamero.train.run.resume.remove", lambda directory: None)
+    _, out = train(name="second", start=base, steps=1)
+    assert sorted(read) == sorted(open_tensors(base))
+    before = {name: open_tensors(out)[name].clone() for name in open_tensors(out)}
+    train(name="second", start=base, steps=1)
+    assert len(read) == len(before)
+    assert all(torch.equal(open_tensors(out)[name], value) for name, value in before.items())
 
 
 def test_a_padded_base_keeps_its_rows_and_says_so(train, tokenizer, more_tokens, tmp_path):
