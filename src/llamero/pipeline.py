@@ -452,7 +452,12 @@ def run(
 
 
 def _refuse_other_processes(plan: Plan) -> None:
-    """Refuse to train with other than the processes that the recipe asks for; alone one can make all the rest."""
+    """Refuse to train with other than the processes that the recipe asks for; alone one can make all the rest.
+
+    Data is made by the first of however many there are.
+    """
+    if plan.datasets is not None:
+        return
     trains = any(stage.together and _missing(stage, plan.out) for stage in plan.stages)
     if trains or world.size() > 1:
         world.refuse_other_size(plan.recipe.parallel.gpus)

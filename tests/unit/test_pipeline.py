@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from llamero import pipeline
 from llamero.core.errors import LlameroError
 from llamero.pipeline import Plan
 from llamero.recipe.load import load
@@ -11,7 +12,7 @@ from llamero.recipe.load import load
 RECIPE = """\
 name: small
 base:
-  shape: {hidden: 16, layers: 1, heads: 2, mlp: 32, context: 64}
+  shape: {hidden: 32, layers: 1, heads: 2, mlp: 32, context: 64}
   vocabulary: {size: 300, mixture: world}
 template: plain
 data:
@@ -125,3 +126,13 @@ def test_models_are_called_by_their_stage(digests):
     assert plan.path("final") == plan.path("sft")
     assert plan.path("base") == plan.path("lm")  # a release from scratch is measured against its first stage
     assert isinstance(plan.path("rtn-4bit-16g"), Path)
+
+
+def test_data_is_made_by_one_process_or_by_the_first_of_any_number(digests, monkeypatch, tmp_path):
+    recipe = load(tmp_path / "recipe.yaml", ["parallel={gpus: 4}", "data.mixtures.world.sources.0.count=300"])
+    for processes in ("1", "4", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        made = pipeline.run(recipe, root=tmp_path, out=tmp_path / "run", datasets=["world"])
+        assert [row.stage for row in made.rows] == ["tokenizer", "data-world"]
+    with pytest.raises(LlameroError, match="2 processes were started, and the recipe says `gpus: 4`"):
+        pipeline.run(recipe, root=tmp_path, out=tmp_path / "run")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from llamero.cli.display import Bars, err, out, say_lengths, say_row, say_statistics
 from llamero.cli.options import OutDir, Override, Recipe
+from llamero.core import world
 from llamero.core.errors import LlameroError, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def tokenize(
     target = out_dir or Path("runs") / parsed.name
     with Bars():
         outcome = pipeline.run(parsed, root=recipe.parent, out=target, on_row=say_row, datasets=wanted)
-    for row in outcome.rows:
+    for row in outcome.rows if world.rank() == 0 else ():
         if row.stage != "tokenizer":
             summary = artifact.read(row.path).summary
             for split in stats.splits(summary):

@@ -59,7 +59,8 @@ def check(recipe: Recipe, *, out_dir: OutDir = None, scale: Scale = None, set_: 
         for name, identity in stage.identities.items():
             there = artifact.find(target, identity) is not None
             table.add_row(name, identity.digest[: artifact.DIGITS], "there" if there else "to make")
-    out.print(table)
+    if world.rank() == 0:
+        out.print(table)
 
 
 def evaluate(

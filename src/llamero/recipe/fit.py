@@ -16,8 +16,10 @@ from llamero.text.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llamero.parallel.layout import refuse_impossible
-from llamero.recipe.schema import Recipe
+    from llamero.recipe.schema import Recipe
+
+MULTIPLE = 32
+"""Of which every width of a quantized layer is one, for readers of GPTQ (checkpoint/gptq.py)."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,20 @@ def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
 
 def _from_shape(base: ScratchConfig) -> Base:
     shape = base.shape
+    kv_heads = shape.kv_heads or shape.heads
+    if shape.hidden % (2 * shape.heads) or shape.heads % kv_heads:
+        raise LlameroError(
+            f"hidden {shape.hidden} with {shape.heads} heads and {kv_heads} key/value heads",
+            where="base.shape",
+            fix="the width must be a multiple of twice the heads, the heads of the key/value heads",
+        )
     return Base(
         context=shape.context,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
         num_layers=shape.layers,
         num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads or shape.heads,
+        num_kv_heads=kv_heads,
         head_dim=shape.hidden // shape.heads,
         vocab_size=base.vocabulary.size,
         tie_word_embeddings=shape.tied,
@@ -124,6 +133,13 @@ def _refuse_groups(recipe: Recipe, base: Base) -> None:
                 where=f"quantize.variants: {variant.name}",
                 fix=f"use groups of {' or '.join(map(str, fitting))}, or -1" if fitting else "use -1 (the whole row)",
             )
+    narrow = [width for width in sorted({*base.widths, base.num_kv_heads * base.head_dim}) if width % MULTIPLE]
+    if recipe.quantize is not None and narrow:
+        raise LlameroError(
+            f"a layer has {narrow[0]} channels; readers of GPTQ need a multiple of {MULTIPLE}",
+            where="quantize",
+            fix="remove `quantize`, or start from another base",
+        )
 
 
 def _refuse_missing_tokens(recipe: Recipe, directory: Path | None) -> None:

@@ -12,7 +12,7 @@ from llamero.text.tokenizer import train_bpe
 SCRATCH = """\
 name: small
 base:
-  shape: {hidden: 32, layers: 1, heads: 2, mlp: 48, context: 64}
+  shape: {hidden: 32, layers: 1, heads: 2, mlp: 96, context: 64}
   vocabulary: {size: 300, mixture: world}
 template: chatml
 data:
@@ -42,13 +42,21 @@ def test_what_fits_passes(scratch):
         ("quantize.calibration.sequence=64", None, "", ""),
         ("evaluate.0.window=128", "evaluate.0.window", "128 tokens are more", "lower it"),
         (
-            "quantize.variants=[rtn-4bit-32g]",
-            "quantize.variants: rtn-4bit-32g",
-            "groups of 32 do not divide a layer's 48 input channels",
-            "use groups of 16, or -1",
+            "quantize.variants=[rtn-4bit-64g]",
+            "quantize.variants: rtn-4bit-64g",
+            "groups of 64 do not divide a layer's 32 input channels",
+            "use groups of 32 or 16, or -1",
         ),
         ("parallel={gpus: 3, tensor: 3}", "parallel", "`tensor: 3` does not divide the 2 attention heads", "1, 2"),
         ("parallel={gpus: 2, pipeline: 2}", "parallel", "makes 2 pieces of 1 layers", "`pipeline:` one of 1"),
+        (
+            "base.shape.mlp=48",
+            "quantize",
+            "a layer has 48 channels; readers of GPTQ need a multiple of 32",
+            "another base",
+        ),
+        ("base.shape.kv_heads=1", "quantize", "a layer has 16 channels", "another base"),
+        ("base.shape.heads=3", "base.shape", "hidden 32 with 3 heads and 3 key/value heads", "twice the heads"),
         ("data.extra_tokens=[]", "template", "needs the tokens <|im_start|>, <|im_end|>", "add them"),
     ],
 )
