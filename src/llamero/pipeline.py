@@ -122,6 +122,10 @@ class Plan:
         local = self.root / self.recipe.base
         return local if local.is_dir() else resolve_model(self.recipe.base, weights=self.datasets is None)
 
+    @property
+    def _base_is_on_the_hub(self) -> bool:
+        return self._base is not None and not (self.root / str(self.recipe.base)).is_dir()
+
     def _base_parent(self) -> dict[str, str]:
         return {} if self._base is None else {"base": self._digest(self._base)}
 
@@ -245,6 +249,7 @@ class Plan:
                 seed=recipe.seed,
                 out=build.path,
                 new_rows=recipe.data.new_rows,
+                hub_name=str(recipe.base) if start is None and self._base_is_on_the_hub else None,
             )
 
         return self._add(identity.stage, identity, make, together=True)
@@ -374,7 +379,7 @@ class Plan:
                 data=[artifact.read(identity.path(self.out)) for identity in self.data.values()],
                 variants=[self._artifact(name) for name in (recipe.quantize.variants if recipe.quantize else ())],
                 results=self.all_results(),
-                base_on_hub=self._base is not None and not (self.root / str(recipe.base)).is_dir(),
+                base_on_hub=self._base_is_on_the_hub,
             )
             build.summary = run(publish, inputs, build.path)
 

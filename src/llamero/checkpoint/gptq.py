@@ -93,6 +93,11 @@ def _period(bits: int) -> tuple[int, int]:
     return 32 // common, bits // common
 
 
+def period(bits: int) -> int:
+    """Return after how many values a stream of codes meets a word boundary again: it can be cut there."""
+    return _period(bits)[0]
+
+
 def _signed(words: Tensor) -> Tensor:
     return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
 

@@ -6,7 +6,7 @@ stored under their own names.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Adapter:
     """Layers without an update among those of `targets`, said in the same way."""
     layers: tuple[int, ...] | None = None
     """Decoder layers that have one; all by default."""
+    revision: str | None = None
+    """Of the base on the hub."""
 
     @property
     def scale(self) -> float:
@@ -81,10 +83,11 @@ _INITS = {True: False, "gaussian": True, False: False, "orthogonal": False, "eva
 _READ = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
     "exclude_modules", "layers_to_transform", "modules_to_save", "init_lora_weights", "ensure_weight_tying",
+    "revision",
 }  # fmt: skip
 
 _HARMLESS = {
-    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "layers_pattern", "megatron_core",
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "layers_pattern", "megatron_core",
     "qalora_group_size", "eva_config", "runtime_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 """Keys that do not change what a finished adapter computes."""
@@ -123,6 +126,7 @@ def read(directory: Path) -> Adapter:
         tied=bool(keys.get("ensure_weight_tying")),
         exclude=_names(keys.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else None if layers is None else tuple(layers),
+        revision=keys.get("revision"),
     )
 
 
@@ -146,11 +150,26 @@ def write(directory: Path, adapter: Adapter, tensors: Mapping[str, Tensor]) -> N
         adapter: Its description.
         tensors: By their names in the model.
     """
+    specs = {name: hf.Spec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    stream(directory, adapter, specs, tensors.items())
+
+
+def stream(
+    directory: Path, adapter: Adapter, specs: Mapping[str, hf.Spec], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write an adapter whose tensors come one at a time.
+
+    Args:
+        directory: Made if need be.
+        adapter: Its description.
+        specs: Of all tensors, by their names in the model.
+        tensors: In the same order.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    specs = {PREFIX + name: hf.Spec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    stored = ((PREFIX + name, value) for name, value in tensors.items())
+    stored = ((PREFIX + name, value) for name, value in tensors)
     # one file, however large: PEFT does not look for shards
-    hf.write_tensors(directory, specs, stored, stem="adapter_model", shard_bytes=1 << 62)
+    named = {PREFIX + name: spec for name, spec in specs.items()}
+    hf.write_tensors(directory, named, stored, stem="adapter_model", shard_bytes=1 << 62)
     files.write_json(directory / CONFIG, _config(adapter))
 
 
@@ -160,7 +179,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base,
-        "revision": None,
+        "revision": adapter.revision,
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,

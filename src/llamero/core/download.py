@@ -57,6 +57,12 @@ def config_at_hand(model: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def split_name(model: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of a hub name; a directory is returned as it is."""
+    found = None if Path(model).is_dir() else _HUB.match(model)
+    return (found["repo"], found["revision"]) if found else (model, None)
+
+
 def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -190,7 +190,8 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
         compute, wide, rows = weight.to(hidden.dtype), _wide(hidden), weight.shape[0]
         start = 0 if share is None else share.start
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         size = max(1, CHUNK_ELEMENTS // max(1, rows))
         if share is not None:  # every process of the group must make the same number of chunks
             size = _smallest(size, share.group, hidden.device)
@@ -213,15 +214,17 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
             of_total = scale * (1 + 2 * z_loss * log_total)  # ∂loss/∂log_total
             grad = odds.mul_(of_total / total).scatter_add_(1, place, -scale * here).to(hidden.dtype)
             torch.mm(grad, compute, out=grad_hidden[part])
-            grad_weight += grad.T @ x
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if grad_weight is not None:
+                grad_weight += grad.T @ x
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), *(None,) * 5
+        to_weight = None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype)
+        return grad_hidden * scale.to(grad_hidden.dtype), to_weight, *(None,) * 5
 
 
 def _highest(

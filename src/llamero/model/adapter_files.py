@@ -1,7 +1,7 @@
 """Adapters on disk: what a model's is written as, and a model that takes one up."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llamero.checkpoint import hf, peft
-from llamero.core.download import resolve_model
+from llamero.core.download import resolve_model, split_name
 from llamero.core.errors import LlameroError
 from llamero.model.adapter_config import AdapterConfig
 from llamero.model.adapters import EMBEDDING, HEAD, Linear, linears, updates, wrap
@@ -25,15 +25,30 @@ def save_adapter(model: Llama, config: AdapterConfig, directory: Path, *, base: 
         model: With its adapter attached.
         config: What it was attached by.
         directory: Where to.
-        base: Directory or hub name of the model without it.
+        base: Directory or hub name (`owner/name[:revision]`) of the model without it.
     """
+    said = describe(model, config, base=base)
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    tied = model.config.tie_word_embeddings and _EMBEDDING in tensors
+    specs = {name: hf.Spec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    stream_adapter(directory, said, specs, tensors.items())
+
+
+def describe(model: Llama, config: AdapterConfig, *, base: str) -> peft.Adapter:
+    """Return what the adapter_config.json of a model with an adapter says; it may be without storage.
+
+    Args:
+        model: With its adapter attached.
+        config: What it was attached by.
+        base: Directory or hub name (`owner/name[:revision]`) of the model without it.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tied = model.config.tie_word_embeddings and _EMBEDDING in trained
     if tied:  # PEFT keeps two copies
-        tensors[_HEAD] = tensors[_EMBEDDING]
-    whole = {name.rpartition(".")[0] for name in tensors if not name.endswith(peft.FACTORS)}
-    said = peft.Adapter(
-        base=base,
+        trained.add(_HEAD)
+    whole = {name.rpartition(".")[0] for name in trained if not name.endswith(peft.FACTORS)}
+    name, revision = split_name(base)
+    return peft.Adapter(
+        base=name,
         rank=config.lora,
         alpha=config.stated_alpha,
         targets=_targets(model),
@@ -43,8 +58,34 @@ def save_adapter(model: Llama, config: AdapterConfig, directory: Path, *, base: 
         modules_to_save=tuple(sorted("embed_tokens" if name == EMBEDDING else name for name in whole)),
         gaussian=config.init == "gaussian",
         tied=tied,
+        revision=revision,
     )
-    peft.write(directory, said, tensors)
+
+
+def stream_adapter(
+    directory: Path, said: peft.Adapter, specs: Mapping[str, hf.Spec], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write an adapter in PEFT's layout whose parameters come one at a time.
+
+    Args:
+        directory: Where to.
+        said: What `describe` said of it.
+        specs: Of the parameters that are trained.
+        tensors: They, in the same order.
+    """
+
+    def both() -> Iterator[tuple[str, Tensor]]:
+        for name, value in tensors:
+            yield name, value
+            if said.tied and name == _EMBEDDING:
+                yield _HEAD, value
+
+    stored: dict[str, hf.Spec] = {}
+    for name, spec in specs.items():
+        stored[name] = spec
+        if said.tied and name == _EMBEDDING:
+            stored[_HEAD] = spec
+    peft.stream(directory, said, stored, both())
 
 
 def _targets(model: Llama) -> tuple[str, ...]:
@@ -57,7 +98,8 @@ def _targets(model: Llama) -> tuple[str, ...]:
 
 def base_of(directory: Path) -> Path:
     """Return the directory of the model that an adapter belongs to, downloaded if need be."""
-    said = peft.read(directory).base
+    about = peft.read(directory)
+    said = about.base
     if not said:
         raise LlameroError(
             "the adapter does not say which model it belongs to",
@@ -65,7 +107,10 @@ def base_of(directory: Path) -> Path:
             fix="set `base_model_name_or_path`",
         )
     beside = directory / said
-    base = beside if said.startswith(".") and beside.is_dir() else resolve_model(said)
+    if said.startswith(".") and beside.is_dir():
+        base = beside
+    else:
+        base = resolve_model(f"{said}:{about.revision}" if about.revision else said)
     if peft.is_adapter(base):
         raise LlameroError(f"the adapter's base `{said}` is an adapter itself", where=directory / peft.CONFIG)
     return base

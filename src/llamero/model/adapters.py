@@ -46,6 +46,8 @@ class LoraLinear(nn.Module):
         """What is dropped from the update's input in this forward pass."""
         self.first_channel = 0
         """Number of its first input channel here among those of all the updates of a decoder layer."""
+        self.first_input = 0
+        """Number of its first input channel here in the whole layer: not 0 where inputs are spread."""
 
     def initialize(self, *, seed: int, name: str, gaussian: bool) -> None:
         """Draw the first factor, by the layer's name so that every layout draws the same; the second is zero."""
@@ -72,6 +74,13 @@ class LoraLinear(nn.Module):
     def update(self) -> Float[Tensor, "out d"]:
         """Return what the adapter adds to the weight."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
+
+def updated(
+    weight: Float[Tensor, "out d"], a: Float[Tensor, "rank d"], b: Float[Tensor, "out rank"], scale: float
+) -> Float[Tensor, "out d"]:
+    """Return a weight with its update added, in the precision of the update's factors."""
+    return weight.to(a.dtype) + scale * (b @ a)
 
 
 def attach(
@@ -125,7 +134,7 @@ def _hand_over(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Let the updates of a decoder layer know what is dropped; again when its activations are recomputed."""
     noise = next((value for value in (*args, *kwargs.values()) if isinstance(value, LayerNoise)), SILENT)
     for number, layer in enumerate(updates(block).values()):
-        layer.dropped, layer.first_channel = noise.adapter, number * CHANNELS
+        layer.dropped, layer.first_channel = noise.adapter, number * CHANNELS + layer.first_input
 
 
 def linears(model: Llama) -> dict[str, Linear]:
@@ -175,7 +184,11 @@ def _refuse_rank(model: Llama, rank: int, targets: tuple[str, ...]) -> None:
 
 def _whole(model: Llama, saved: tuple[str, ...]) -> list[str]:
     """Return the names of the modules that are trained whole, tied ones both."""
-    modules = {name: module for name, module in model.named_modules() if dict(module.named_parameters(recurse=False))}
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if dict(module.named_parameters(recurse=False)) and not isinstance(module, PackedLinear)
+    }
     for end in saved:
         if not any(peft.matches(name, (end,)) for name in modules):
             leaves = sorted({name.rpartition(".")[2] for name in modules})
@@ -264,14 +277,14 @@ def merge(model: Llama, *, dtype: torch.dtype | None = None) -> dict[str, float]
 
 
 def _merged(layer: LoraLinear, dtype: torch.dtype | None) -> tuple[nn.Linear, float]:
-    base, update = layer.base, layer.update()
-    plain = base.dense(update.dtype) if isinstance(base, PackedLinear) else base
+    base, a, b = layer.base, layer.lora_A.weight, layer.lora_B.weight
+    plain = base.dense(a.dtype) if isinstance(base, PackedLinear) else base
     bias = dict(plain.named_parameters()).get("bias")
     dtype = dtype or plain.weight.dtype
-    exact = plain.weight.to(update.dtype) + update
+    exact = updated(plain.weight, a, b, layer.scale)
     merged = linear(base.in_features, base.out_features, bias=bias is not None)
     merged.weight = nn.Parameter(exact.to(dtype))
     if bias is not None:
         merged.bias = nn.Parameter(bias.to(dtype))
-    rounding = merged.weight.to(update.dtype) - exact
-    return merged.train(layer.training), float(rounding.norm() / update.norm().clamp(min=1e-30))
+    rounding = merged.weight.to(exact.dtype) - exact
+    return merged.train(layer.training), float(rounding.norm() / layer.update().norm().clamp(min=1e-30))

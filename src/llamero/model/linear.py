@@ -1,6 +1,7 @@
 """Linear layers: plain, and with weights that rest as low-bit codes; and the encoders that need no data."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,14 +28,68 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    names: tuple[str, ...]
+    """Of the tensors that stand for the weight."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+        self._views: dict[str, torch.dtype] = {}
 
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 (or wider, if that is asked for) and rounded once."""
+        return self.decode(self.codes(), dtype)
+
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight that some codes of a layer like this one stand for."""
+        raise NotImplementedError
+
+    def codes(self) -> dict[str, Tensor]:
+        """Return the tensors that stand for the weight, by name."""
+        return {name: self.as_stored(name, getattr(self, name)) for name in self.names}
+
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """Return a tensor of the codes in the dtype that it has in files (see `freeze`)."""
+        return value.view(self._views[name]) if name in self._views else value
+
+    def freeze(self) -> None:
+        """Let the codes be parameters, so that what spreads parameters spreads them.
+
+        They rest as bytes, because no change of precision may touch the numbers among them. Single numbers stay
+        buffers.
+        """
+        for name, value in self.codes().items():
+            if value.dim() and name in dict(self.named_buffers(recurse=False)):
+                self._views[name] = value.dtype
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(value.contiguous().view(torch.uint8), requires_grad=False))
+
+    def cuts(self, of: int, *, outputs: bool) -> bool:
+        """Return whether the codes can be cut into so many equal shares of outputs, or of inputs."""
+        raise NotImplementedError
+
+    def keep(self, share: int, of: int, *, outputs: bool) -> None:
+        """Keep one of some equal shares of the outputs, or of the inputs, of a layer that `cuts` so.
+
+        Of shares of inputs each computes a summand, and the first has the bias.
+        """
+        codes = self._cut(share, of, outputs=outputs)
+        for name, value in codes.items():
+            self.register_buffer(name, value.clone())
+        if outputs:
+            self.out_features //= of
+        else:
+            self.in_features //= of
+        if self.bias is not None:
+            bias, frozen = self.bias.detach(), self.bias.requires_grad
+            if outputs:
+                bias = bias.view(of, -1)[share].clone()
+            elif share:
+                bias = torch.zeros_like(bias)
+            self.bias = nn.Parameter(bias, requires_grad=frozen)
+
+    def _cut(self, share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -88,7 +143,8 @@ class GptqLinear(PackedLinear):
         bias: Whether there is one.
     """
 
-    codes = "qweight"
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    mark = "qweight"
     """Buffer by which a packed layer is recognised in files."""
     qweight: Tensor
     qzeros: Tensor
@@ -101,14 +157,26 @@ class GptqLinear(PackedLinear):
         for name, spec in gptq.specs(inputs, outputs, bits=layout.bits, groups=layout.groups(inputs)).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
 
-    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 (float64 if that is asked for) and rounded once."""
         work = torch.promote_types(dtype, torch.float32)
-        group = self.g_idx.long()
-        zeros = gptq.decode_zeros(self.qzeros, self.layout.bits, offset=self.layout.zero_offset)
-        weight = gptq.unpack(self.qweight, self.layout.bits).to(work)  # (d, out)
-        weight.sub_(zeros.to(work).index_select(0, group)).mul_(self.scales.to(work).index_select(0, group))
+        group, scales = codes["g_idx"].long(), codes["scales"].to(work)
+        zeros = gptq.decode_zeros(codes["qzeros"], self.layout.bits, offset=self.layout.zero_offset)
+        weight = gptq.unpack(codes["qweight"], self.layout.bits).to(work)  # (d, out)
+        weight.sub_(zeros.to(work).index_select(0, group)).mul_(scales.index_select(0, group))
         return weight.to(dtype).T
+
+    def cuts(self, of: int, *, outputs: bool) -> bool:
+        """Return whether the codes can be cut into so many equal shares of outputs, or of inputs: at whole words."""
+        return (self.out_features if outputs else self.in_features) % (of * gptq.period(self.layout.bits)) == 0
+
+    def _cut(self, share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
+        codes = self.codes()
+        if outputs:
+            parts = {name: codes[name].chunk(of, 1)[share] for name in ("qweight", "qzeros", "scales")}
+        else:  # an input says which group is its own, so all groups stay
+            parts = {name: codes[name].chunk(of)[share] for name in ("qweight", "g_idx")}
+        return codes | parts
 
     def problem(self) -> str | None:
         """Return what is wrong with the loaded codes, if anything is."""
@@ -132,10 +200,21 @@ class Nf4Linear(PackedLinear):
         super().__init__(inputs, outputs, bias=bias)
         for name, tensor in nf4.empty(inputs, outputs, double=double).items():
             self.register_buffer(name, tensor)
+        self.names = tuple(dict(self.named_buffers()))
+        self._place = nf4.WHOLE
 
-    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 and rounded once."""
-        return nf4.decode(dict(self.named_buffers()), (self.out_features, self.in_features), dtype)
+        return nf4.decode(codes, (self.out_features, self.in_features), dtype, self._place)
+
+    def cuts(self, of: int, *, outputs: bool) -> bool:
+        """Return whether the codes can be cut into so many equal shares of outputs, or of inputs: at whole blocks."""
+        return nf4.cuts((self.out_features, self.in_features), of, outputs=outputs)
+
+    def _cut(self, share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
+        shape = self.out_features, self.in_features
+        codes, self._place = nf4.cut(self.codes(), shape, share, of, outputs=outputs)
+        return codes
 
 
 LAYERS: dict[type[packed.Format], type[GptqLinear]] = {

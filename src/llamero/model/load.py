@@ -77,10 +77,10 @@ def _make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Forma
     """Replace the layers that the files hold packed."""
     layer = LAYERS[type(layout)]
     plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = [name for name in plain if f"{name}.{layer.codes}" in tensors]
+    found = [name for name in plain if f"{name}.{layer.mark}" in tensors]
     if not found:
         raise LlameroError(
-            f"the config says that weights are packed, and no tensor is (`….{layer.codes}`)", where=tensors.directory
+            f"the config says that weights are packed, and no tensor is (`….{layer.mark}`)", where=tensors.directory
         )
     with torch.device("meta"):
         for name in found:
@@ -95,7 +95,7 @@ def _check_codes(model: Llama, tensors: hf.Tensors) -> None:
         if isinstance(module, tuple(LAYERS.values())):
             problem = module.problem()
             if problem is not None:
-                raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.codes}"])
+                raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.mark}"])
 
 
 def fill(

@@ -8,10 +8,11 @@ the scales, less their mean, are 8-bit codes of the dynamic map (Dettmers 2015, 
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -78,11 +79,68 @@ def encode(weight: Float[Tensor, "out d"], *, double: bool) -> dict[str, Tensor]
     return {"packed": packed, "absmax": nested, "nested_absmax": nested_absmax, "offset": offset}
 
 
-def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "out d"]:
-    """Return the weight, computed in float32 and rounded once; on CUDA by bitsandbytes where it is installed."""
+class Place(NamedTuple):
+    """Where the blocks of a part of a weight lie among those of the whole: runs of neighbours, evenly apart."""
+
+    first: int = 0
+    """Number of the first block."""
+    runs: int = 1
+    stride: int = 0
+    """Blocks from the start of a run to that of the next."""
+
+    def numbers(self, count: int, device: torch.device) -> Int[Tensor, " count"]:
+        """Return the numbers of all blocks of the part, of which there are `count`."""
+        starts = torch.arange(self.runs, device=device)[:, None] * self.stride + self.first
+        return (starts + torch.arange(count // self.runs, device=device)).flatten()
+
+
+WHOLE = Place()
+
+
+def cut(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], share: int, of: int, *, outputs: bool
+) -> tuple[dict[str, Tensor], Place]:
+    """Return the codes of an equal share of a weight's outputs, or of its inputs, and where its blocks lie.
+
+    Args:
+        tensors: Of the whole, as `encode` returns them.
+        shape: Of the whole, (out, d).
+        share: Number of the share.
+        of: How many there are; `cuts` says whether blocks lie whole in each.
+        outputs: Whether outputs are shared out, or inputs.
+    """
+    rows = 1 if outputs else shape[0]
+
+    def mine(tensor: Tensor) -> Tensor:
+        return tensor.view(rows, of, -1)[:, share].flatten()
+
+    found = {name: mine(value) if name in ("packed", "absmax") else value for name, value in tensors.items()}
+    blocks = len(tensors["absmax"]) // rows  # of a row
+    return found, Place(share * blocks // of, rows, blocks)
+
+
+def cuts(shape: tuple[int, int], of: int, *, outputs: bool) -> bool:
+    """Return whether blocks lie whole in each of some equal shares of outputs, or of inputs."""
+    outs, inputs = shape
+    if outputs:
+        return outs % of == 0 and outs // of * inputs % BLOCK == 0
+    return inputs % (of * BLOCK) == 0
+
+
+def decode(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, place: Place = WHOLE
+) -> Float[Tensor, "out d"]:
+    """Return the weight, computed in float32 and rounded once; on CUDA by bitsandbytes where it is installed.
+
+    Args:
+        tensors: As `encode` or `cut` returns them.
+        shape: (out, d).
+        dtype: Of the result.
+        place: Where the blocks lie, if these are not all.
+    """
     packed, absmax = tensors["packed"], tensors["absmax"]
     if "offset" in tensors:
-        scales = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(absmax)]
+        scales = tensors["nested_absmax"][place.numbers(len(absmax), absmax.device) // NESTED_BLOCK]
         absmax = dynamic_map().to(absmax.device)[absmax.int()] * scales + tensors["offset"]
     if packed.is_cuda and has_bitsandbytes():
         return decode_with_bitsandbytes(packed, absmax, shape, dtype)

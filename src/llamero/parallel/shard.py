@@ -15,9 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from llamero.parallel.adapted import COLUMNS, ROWS, freeze_codes, tensor_style
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.part import Part
 from llamero.parallel.world import World
@@ -34,7 +35,7 @@ def shard(part: Part, world: World, *, precision: torch.dtype | None = None) -> 
     """
     parallel = world.parallel
     if world.mesh is not None and parallel.tensor > 1:
-        _over_tensor(part, world.mesh["tensor"], sequence=parallel.sequence_parallel)
+        _over_tensor(part, world.mesh["tensor"], sequence=parallel.sequence_parallel, sharded=parallel.sharded)
     for number, block in list(part.layers.items()):
         if parallel.compile:  # attention stays out: it depends on the lengths of documents, which always change
             for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
@@ -45,16 +46,15 @@ def shard(part: Part, world: World, *, precision: torch.dtype | None = None) -> 
         _over_data(part, world.mesh, parallel, precision)
 
 
-def _over_tensor(part: Part, mesh: DeviceMesh, *, sequence: bool) -> None:
+def _over_tensor(part: Part, mesh: DeviceMesh, *, sequence: bool, sharded: int) -> None:
     tokens = Shard(0) if sequence else Replicate()
     part.tensor, part.spread = mesh, tokens
     plan: dict[str, ParallelStyle] = {}
     for number in part.layers:
         block = f"layers.{number}."
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-            plan[block + name] = ColwiseParallel()
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            plan[block + name] = RowwiseParallel(output_layouts=tokens)
+        for name in (*COLUMNS, *ROWS):
+            layer = part.get_submodule(block + name)
+            plan[block + name] = tensor_style(layer, outputs=name in COLUMNS, tokens=tokens, sharded=sharded)
         for name in ("input_layernorm", "post_attention_layernorm"):
             plan[block + name] = _Norm(tokens, Replicate())
     tied = part.first and part.last and part.lm_head.weight is part.embed_tokens.weight
@@ -68,7 +68,10 @@ def _over_tensor(part: Part, mesh: DeviceMesh, *, sequence: bool) -> None:
         head.weight = (
             part.embed_tokens.weight
             if tied
-            else nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)], src_data_rank=None))
+            else nn.Parameter(
+                distribute_tensor(head.weight.detach(), mesh, [Shard(0)], src_data_rank=None),
+                requires_grad=head.weight.requires_grad,
+            )
         )
 
 
@@ -89,7 +92,7 @@ class _Norm(ParallelStyle):
         def same(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
             for key, value in list(module.named_parameters(recurse=False)):
                 whole = distribute_tensor(value.detach(), mesh, [Replicate()], src_data_rank=None)
-                module.register_parameter(key, nn.Parameter(whole))
+                module.register_parameter(key, nn.Parameter(whole, requires_grad=value.requires_grad))
 
         return distribute_module(module, device_mesh, same, enter, leave)  # type: ignore[arg-type]
 
@@ -124,6 +127,7 @@ def _over_data(part: Part, mesh: DeviceMesh, parallel: ParallelConfig, precision
         "offload_policy": on_cpu if parallel.offload else OffloadPolicy(),
         "shard_placement_fn": _across,
     }
+    freeze_codes(part)
     blocks = [
         fully_shard(block, reshard_after_forward=parallel.zero_stage == 3, **keys) for block in part.layers.values()
     ]

@@ -5,7 +5,7 @@ arXiv:2104.04473), zero-bubble (Qi et al. 2023, arXiv:2401.10241), all by `torch
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from llamero.checkpoint.hf import Region, Spec
 from llamero.core import progress
 from llamero.model.llama import Llama
 from llamero.model.weights import Weights, everything
+from llamero.parallel.adapted import Plain, adapted_layers, plain_specs, refuse_cuts, whole
 from llamero.parallel.layout import layers_of, refuse_impossible
 from llamero.parallel.part import Micro, Part
 from llamero.parallel.shard import shard
@@ -69,19 +70,19 @@ class Spread:
     ) -> None:
         parallel = world.parallel
         refuse_impossible(parallel, model.config, batch=batch)
+        refuse_cuts(parallel, model)
         self.config, self.world = model.config, world
         self.specs = {name: Spec(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
         """Every parameter of the whole model."""
         self.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         """Those that are not frozen."""
+        self.plain_specs = plain_specs(model)
+        """Every tensor of the plain model that this one stands for."""
         self.passes = Passes(*parallel.share(batch), sequence)
         pieces, layers = parallel.pieces, model.config.num_layers
         self._mine = range(world.along("pipeline"), pieces, parallel.pipeline)
-        self._owner = {
-            name: self._pipeline_rank(name, [layers_of(piece, pieces=pieces, layers=layers) for piece in range(pieces)])
-            for name in self.specs
-        }
-        self.parts = [Part(model, layers_of(n, pieces=pieces, layers=layers), autocast=autocast) for n in self._mine]
+        self._cuts = [layers_of(piece, pieces=pieces, layers=layers) for piece in range(pieces)]
+        self.parts = [Part(model, self._cuts[number], autocast=autocast) for number in self._mine]
         for part in self.parts:
             if not _without_storage(part):
                 part.to(world.device)
@@ -282,25 +283,45 @@ class Spread:
             of: What is wanted of each, such as the optimizer's moments: of its shape, or one number.
             trained: Leave out frozen parameters.
         """
-        named, world = self.named(), self.world
-        here = world.along("pipeline")
-        for name in self.specs:
-            if trained and name not in self.trained:
-                continue
-            owner = self._owner[name]
-            value: Tensor | None = None
+        named = self.named()
+        names = [name for name in self.specs if not trained or name in self.trained]
+        yield from self._gathered(names, lambda name, wanted: whole(of(named[name])))
+
+    def plain(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the plain model as `whole` yields parameters: updates are added, codes decoded."""
+        mesh = self.world.mesh["tensor"] if self.world.mesh is not None and self.world.parallel.tensor > 1 else None
+        found = {name: layer for part in self.parts for name, layer in adapted_layers(part).items()}
+        layers, named = {name: Plain(layer, name, mesh) for name, layer in found.items()}, self.named()
+
+        def value(name: str, wanted: bool) -> Tensor | None:
+            owner, _, leaf = name.rpartition(".")
+            return layers[owner].tensor(leaf, wanted=wanted) if owner in layers else whole(named[name])
+
+        yield from self._gathered(self.plain_specs, value)
+
+    def _gathered(
+        self, names: Iterable[str], value: Callable[[str, bool], Tensor | None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors on the first process, one at a time.
+
+        Args:
+            names: Of tensors.
+            value: Gathers one from the processes that have parts of it, for those that are told to want it.
+        """
+        here, world = self.world.along("pipeline"), self.world
+        for name in names:
+            owner, tensor = self._pipeline_rank(name), None
             if owner == here:
-                mine = of(named[name]).detach()
-                value = mine.full_tensor() if isinstance(mine, DTensor) else mine
+                tensor = value(name, self._sends(owner))
             if owner != 0 and self._sends(owner):
-                value = self._sent(value, owner)
+                tensor = self._sent(tensor, owner)
             if world.speaks:
-                assert value is not None
-                yield name, value
+                assert tensor is not None
+                yield name, tensor
 
     def _sends(self, owner: int) -> bool:
         """Return whether this process is the first of the owner's, or the first of all."""
-        return self.world.rank in (0, self._first_of(owner))
+        return self.world.speaks or (owner != 0 and self.world.rank == self._first_of(owner))
 
     def _first_of(self, pipeline: int) -> int:
         assert self.world.mesh is not None
@@ -320,8 +341,9 @@ class Spread:
         dist.send(value.cpu().contiguous(), dst=0)
         return None
 
-    def _pipeline_rank(self, name: str, pieces: list[range]) -> int:
+    def _pipeline_rank(self, name: str) -> int:
         """Return which place on the pipeline axis has a parameter."""
+        pieces = self._cuts
         kind, *rest = name.removeprefix("model.").split(".")
         if kind == "embed_tokens":
             piece = 0

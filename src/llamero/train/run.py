@@ -1,12 +1,14 @@
 """train: a model and a tokenized mixture in, a trained Hugging Face directory out."""
 
+import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llamero.checkpoint import packed, peft
 from llamero.checkpoint.hf import Spec, open_tensors, write_tensors
@@ -16,8 +18,8 @@ from llamero.engine import resume
 from llamero.engine.batches import Batches
 from llamero.engine.loop import autocast, train
 from llamero.engine.stage import StageConfig
-from llamero.model.adapter_files import save_adapter
-from llamero.model.adapters import attach, merge, trainable
+from llamero.model.adapter_files import describe, stream_adapter
+from llamero.model.adapters import attach, trainable
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
 from llamero.model.load import (
@@ -27,11 +29,11 @@ from llamero.model.load import (
     empty_model,
     load_config,
     load_model,
-    save_model,
     write_config,
 )
 from llamero.model.rope import Default
 from llamero.model.weights import Fresh, Grown, Held, NewRows, Stored, Weights, everything
+from llamero.parallel.adapted import plain_specs
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.spread import Spread
 from llamero.parallel.world import World
@@ -48,7 +50,7 @@ TOKENIZER_FILES = (
 )
 
 
-def run(
+def run(  # noqa: PLR0913  (all that a stage is made of)
     stage: StageConfig,
     *,
     start: Path | ShapeConfig,
@@ -58,6 +60,7 @@ def run(
     seed: int,
     out: Path,
     new_rows: NewRows = "mean",
+    hub_name: str | None = None,
 ) -> dict[str, Any]:
     """Train one stage and write its model; return what the card says of it.
 
@@ -70,15 +73,13 @@ def run(
         seed: Decides fresh weights and the order of the data.
         out: Where the model, metrics.jsonl and (while it trains) the checkpoints go.
         new_rows: Where the rows of tokens start that the model to start from does not have.
+        hub_name: What the model to start from is called on the hub, if it is there: an adapter names it as its base.
     """
-    if stage.adapter is not None and parallel.gpus > 1:
-        problem = "adapters are trained by one process so far"
-        raise LlameroError(problem, where=f"stage {stage.name}", fix="set `parallel.gpus: 1`, or remove `adapter`")
     world = World(parallel)
     with world.together():
         vocabulary = load_tokenizer(tokenizer)
         model, weights, new = _model(stage, start, vocabulary, seed=seed, new_rows=new_rows, parallel=parallel)
-    config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
+    config, parameters = model.config, sum(math.prod(spec.shape) for spec in plain_specs(model).values())
     if stage.sequence > config.max_position_embeddings:
         raise LlameroError(
             f"`sequence: {stage.sequence}` is longer than the model's context of "
@@ -95,20 +96,19 @@ def run(
             fix="give a source `val_split`, or remove `eval_every`",
         )
 
+    adapter = None
     if stage.adapter is not None:
         attach(model, stage.adapter, seed=seed, grown=new > 0)
+        adapter = describe(model, stage.adapter, base=hub_name or str(start))
     trained = sum(parameter.numel() for parameter in trainable(model))
 
     def export(spread: Spread) -> None:
-        if stage.adapter is None:
-            save_spread(spread, out, dtype=DTYPES[stage.export])
-        else:
-            save_adapter(model, stage.adapter, out / "adapter", base=str(start))
-            _copy_tokenizer(tokenizer, out / "adapter")
-            merge(model, dtype=DTYPES[stage.export])
-            save_model(model, out, dtype=DTYPES[stage.export])
+        if adapter is not None:
+            save_spread_adapter(spread, adapter, out / "adapter")
+        save_spread(spread, out, dtype=DTYPES[stage.export])
         if spread.world.speaks:
-            _copy_tokenizer(tokenizer, out)
+            for place in (out, out / "adapter")[: 1 + (adapter is not None)]:
+                _copy_tokenizer(tokenizer, place)
             resume.remove(out / "checkpoints")
         spread.world.barrier()
 
@@ -134,7 +134,7 @@ def run(
         "validation_loss": outcome.validation_loss,
         "validation_accuracy": outcome.validation_accuracy,
         "batch_rows": batches.batch,
-        "parameters": parameters if stage.adapter is None else sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "trained_parameters": trained,
         "vocabulary": {
             "tokens": len(vocabulary),
@@ -155,16 +155,35 @@ def _copy_tokenizer(tokenizer: Path, out: Path) -> None:
 def save_spread(spread: Spread, directory: Path, *, dtype: torch.dtype) -> None:
     """Write config.json and the weights of a model that is spread over processes; every one of them takes part.
 
-    The first process writes tensor by tensor, and holds one whole tensor at a time.
+    The first process writes tensor by tensor, and holds one whole tensor at a time. An adapter is merged on the way:
+    its update is added to the weight in float32, and the sum rounded once.
     """
-    tensors = ((name, tensor.detach().to(dtype)) for name, tensor in spread.whole())
+    tensors = ((name, tensor.detach().to(dtype)) for name, tensor in spread.plain())
     if not spread.world.speaks:
-        for _ in tensors:
-            raise AssertionError("only the first process gets whole tensors")
-        return
-    specs = {name: Spec(spec.shape, dtype) for name, spec in spread.specs.items()}
+        return _take_part(tensors)
+    specs = {name: Spec(spec.shape, dtype) for name, spec in spread.plain_specs.items()}
     write_tensors(directory, specs, tensors)
     write_config(spread.config, directory, dtype=dtype)
+
+
+def save_spread_adapter(spread: Spread, said: peft.Adapter, directory: Path) -> None:
+    """Write the adapter of a model that is spread over processes in PEFT's layout; every one of them takes part.
+
+    Args:
+        spread: The model.
+        said: What `describe` said of its adapter.
+        directory: Where to.
+    """
+    tensors = spread.whole(trained=True)
+    if not spread.world.speaks:
+        return _take_part(tensors)
+    specs = {name: spec for name, spec in spread.specs.items() if name in spread.trained}
+    stream_adapter(directory, said, specs, tensors)
+
+
+def _take_part(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for _ in tensors:
+        raise AssertionError("only the first process gets whole tensors")
 
 
 def _batches(data: Path, split: str, stage: StageConfig, *, seed: int) -> Batches:

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llamero.checkpoint import gptq
-from llamero.model.linear import GptqLinear
+from llamero.model.linear import GptqLinear, encode
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -58,3 +60,56 @@ def codes_of(layer):
 
 def test_a_plain_twin_without_bias_has_none():
     assert packed(codes(4)).dense(torch.float32).bias is None
+
+
+FORMS = ("nf4", "nf4-double", "rtn-2bit-32g", "rtn-3bit-32g", "rtn-4bit-64g", "rtn-8bit--1g")
+
+
+def packed_layer(form, *, mixed_groups=False):
+    """A layer of 256 inputs and 192 outputs with a bias, perhaps with its groups in no order."""
+    plain = torch.nn.Linear(256, 192)
+    torch.nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(0))
+    layer = encode(plain, form)
+    if mixed_groups and isinstance(layer, GptqLinear):
+        layer.g_idx = layer.g_idx[torch.randperm(256, generator=torch.Generator().manual_seed(1))].contiguous()
+    return layer
+
+
+@pytest.mark.parametrize("mixed_groups", [False, True])
+@pytest.mark.parametrize("outputs", [False, True])
+@pytest.mark.parametrize("of", [2, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_shares_of_a_packed_layer_are_the_layer(form, of, outputs, mixed_groups):
+    layer = packed_layer(form, mixed_groups=mixed_groups)
+    expected, x = layer.dequantize(torch.float32), torch.randn(3, 256)
+    y = layer(x)
+    if not layer.cuts(of, outputs=outputs):
+        assert (form, of, outputs) == ("rtn-3bit-32g", 4, True)  # 48 outputs a share
+        return
+    shares = [copy.deepcopy(layer) for _ in range(of)]
+    for number, share in enumerate(shares):
+        share.keep(number, of, outputs=outputs)
+    parts = [share.dequantize(torch.float32) for share in shares]
+    assert torch.equal(torch.cat(parts, 0 if outputs else 1), expected)
+    if outputs:
+        torch.testing.assert_close(torch.cat([share(x) for share in shares], -1), y)
+    else:
+        inputs = x.chunk(of, -1)
+        torch.testing.assert_close(sum(share(part) for share, part in zip(shares, inputs, strict=True)), y)
+    largest = max(layer.codes().items(), key=lambda pair: pair[1].nbytes)[0]
+    assert shares[0].codes()[largest].nbytes * of == layer.codes()[largest].nbytes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_are_the_same_as_frozen_parameters(form):
+    layer = packed_layer(form)
+    expected, x = layer.dequantize(torch.float32), torch.randn(3, 256)
+    y = layer(x)
+    layer.freeze()
+    for parameter in layer.parameters():  # what mixed precision does; it does not reach bytes
+        parameter.data = parameter.data.to(torch.bfloat16) if parameter.is_floating_point() else parameter.data
+    codes = {name: p for name, p in layer.named_parameters() if name != "bias"}
+    assert codes
+    assert all(p.dtype == torch.uint8 and not p.requires_grad for p in codes.values())
+    assert torch.equal(layer.dequantize(torch.float32), expected)
+    torch.testing.assert_close(layer(x), y, rtol=0.02, atol=0.02)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypedDict
 
-SHAPE = {"hidden": 32, "mlp": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 67, "tied": False}
+SHAPE = {"hidden": 32, "mlp": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 67, "tied": False, "std": 0.2}
 STAGE = {
     "name": "tiny",
     "mixture": "chat",
@@ -53,6 +53,8 @@ class Order(TypedDict, total=False):
     parallel: dict[str, Any]
     stage: dict[str, Any]
     shape: dict[str, Any]
+    adapter: dict[str, Any]
+    """What to train in place of the weights; `packed` is the form of the base."""
     directory: str
     """Of checkpoints and metrics, to go on with those of another order; one of its own where it is not given."""
     stop: dict[str, int]
@@ -164,7 +166,7 @@ def _model(shape: dict[str, Any]) -> Any:
         tie_word_embeddings=shape["tied"],
     )
     model = Llama(config)
-    initialize(model, seed=0, std=0.2)
+    initialize(model, seed=0, std=shape["std"])
     return model
 
 
@@ -191,7 +193,9 @@ def work(order: Order, where: Path) -> None:
     held = Batches(tokens[:21], roles[:21], stage, seed=1, where="here", sources=few)
 
     def export(spread: Spread) -> None:
-        tensors = {name: tensor.detach().clone() for name, tensor in spread.whole()}
+        tensors = {name: tensor.detach().clone() for name, tensor in spread.whole(trained=True)}
+        if "adapter" in order:
+            tensors |= {f"plain.{name}": tensor.detach().clone() for name, tensor in spread.plain()}
         if spread.world.speaks:
             save_file(tensors, where / "weights.safetensors")
         spread.world.barrier()
@@ -200,6 +204,8 @@ def work(order: Order, where: Path) -> None:
     parallel = ParallelConfig.model_validate(processes | order.get("parallel", {}))
     directory = Path(order.get("directory", where / "run"))
     model = _model(shape)
+    if "adapter" in order:
+        _adapt(model, dict(order["adapter"]))
     if "stop" in order and int(os.environ["RANK"]) == order["stop"]["rank"]:
         _stop(model, **order["stop"])
     with _counted() as calls:
@@ -234,6 +240,23 @@ def _counted() -> Iterator[dict[str, int]]:
     yield calls
     for (_, name), function in real.items():
         setattr(dist, name, function)
+
+
+def _adapt(model: Any, config: dict[str, Any]) -> None:
+    """Attach an adapter whose both factors matter from the first step on."""
+    import torch
+
+    from llamero.model.adapter_config import AdapterConfig
+    from llamero.model.adapters import attach, updates
+    from llamero.model.linear import pack
+
+    model.to(getattr(torch, config.pop("dtype", "float32")))
+    if form := config.pop("packed", None):
+        pack(model.model.layers, form)
+    attach(model, AdapterConfig.model_validate({"lora": 4, **config}), seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for layer in updates(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1, generator=generator)
 
 
 def _stop(model: Any, *, rank: int, signal: int, step: int) -> None:
