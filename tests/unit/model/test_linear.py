@@ -81,7 +81,7 @@ def packed_layer(form, *, mixed_groups=False):
 @pytest.mark.parametrize("form", FORMS)
 def test_shares_of_a_packed_layer_are_the_layer(form, of, outputs, mixed_groups):
     layer = packed_layer(form, mixed_groups=mixed_groups)
-    expected, x = layer.dequantize(torch.float32), torch.randn(3, 256)
+    expected, x = layer.dequantize(torch.float32), torch.randn(3, 256).double()
     y = layer(x)
     if not layer.cuts(of, outputs=outputs):
         assert (form, of, outputs) == ("rtn-3bit-32g", 4, True)  # 48 outputs a share
