@@ -41,21 +41,18 @@ KINDS = {
     "grid": {"adapter": {"packed": "rtn-4bit-32g", "dropout": 0.3}, "shape": WIDE},
 }
 TWO = {
-    "lora": [
-        {"tensor": 2},
-        {"tensor": 2, "sequence_parallel": False, "recompute": "selective"},
-        {"pipeline": 2, "schedule": "zero-bubble"},
-        {"compile": True},
-    ],
-    "whole": [{}, {"tensor": 2}],
+    "lora": [{"tensor": 2, "recompute": "selective"}, {"pipeline": 2}],
     "nf4": [{"recompute": "full"}, {"tensor": 2}],
-    "grid": [{"offload": True}, {"tensor": 2, "recompute": "full"}],
+    "grid": [{"tensor": 2, "sequence_parallel": False, "recompute": "full"}],
 }
 FOUR = {
-    "lora": [{"pipeline": 2, "tensor": 2}, {"replicate": 2}],
+    "lora": [
+        {"pipeline": 2, "tensor": 2, "schedule": "zero-bubble"},
+        {"replicate": 2, "compile": True},
+    ],
     "whole": [{"tensor": 2}],  # the rank is no multiple of what FSDP spreads
     "nf4": [{"tensor": 2}, {"pipeline": 2, "micro_batch": 1}],
-    "grid": [{"replicate": 2, "tensor": 2}],
+    "grid": [{"replicate": 2, "tensor": 2}, {"offload": True}],
 }
 
 
@@ -105,10 +102,19 @@ def test_an_adapter_over_four_processes_is_that_of_one(four, expected, kind, num
     assert_same(four[f"{kind} {number}"], expected[kind])
 
 
-def model(**keys):
-    about = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 384, "num_layers": 1, "num_heads": 8}
-    about |= {"num_kv_heads": 4, "head_dim": 8, "rope": Default(10000.0, 8), "max_position_embeddings": 64}
-    return Llama(LlamaConfig(**(about | keys)))
+def model():
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=64,
+        intermediate_size=384,
+        num_layers=1,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        rope=Default(10000.0, 8),
+        max_position_embeddings=64,
+    )
+    return Llama(config)
 
 
 @pytest.mark.parametrize(
