@@ -6,12 +6,27 @@ bias (a tree of prefixes, pages of a cache), and `merge` joins what two blocks o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+_as_on_cuda: ContextVar[bool] = ContextVar("as_on_cuda", default=False)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Let `documents` go the way of CUDA with the tensors of another device: those of a plan, which have no numbers."""
+    token = _as_on_cuda.set(True)
+    try:
+        yield
+    finally:
+        _as_on_cuda.reset(token)
 
 
 def masked(
@@ -85,9 +100,10 @@ def documents(
 
     The log-sum-exp carries no gradient.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    on_cuda = q.is_cuda or _as_on_cuda.get()
+    if on_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _documents_cuda(q, k, v, lengths)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not on_cuda:
         return _CpuDocuments.apply(q, k, v, tuple(lengths))
     return masked(q, k, v, same_document(lengths, device=q.device))
 

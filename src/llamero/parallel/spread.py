@@ -214,11 +214,23 @@ class Spread:
         size = self.world.parallel.tensor
         return -(-self.passes.rows * self.passes.tokens // size) * size
 
+    def residual(self) -> Tensor:
+        """Return what a piece of a pipeline hands on to the next, on the meta device."""
+        parallel = self.world.parallel
+        tokens = self._tokens // (parallel.tensor if parallel.sequence_parallel else 1)
+        return torch.empty(tokens, self.config.hidden_size, device="meta").requires_grad_()
+
+    @property
+    def orders(self) -> list[Any]:
+        """What this process does in a pipeline, one pass after the other: torch's `_Action`s; nothing without one."""
+        if self._schedule is None:
+            return []
+        return [action for action in self._schedule.pipeline_order[self.world.along("pipeline")] if action is not None]
+
     def _pipeline(self) -> Any:
         parallel, world = self.world.parallel, self.world
         assert world.mesh is not None
-        tokens = self._tokens // (parallel.tensor if parallel.sequence_parallel else 1)
-        residual = torch.empty(tokens, self.config.hidden_size, device="meta").requires_grad_()
+        residual = self.residual()
         number = torch.empty(1, dtype=torch.int64, device="meta")
         stages = []
         for place, part in zip(self._mine, self.parts, strict=True):

@@ -1,0 +1,255 @@
+"""Bytes that a stage of training needs on each device, weighed on the model itself and not by a formula beside it.
+
+The model is on the meta device, spread as the run spreads it (`parallel.imagined`). Weights are the shards that a
+process then has, the optimizer's state is what the optimizer makes of them, and activations are what is alive between
+the forward and the backward pass of one micro-batch, counted operation by operation. Layers of one part are alike, so
+only the first few of them are run; a pipeline's micro-batches in flight are those of torch's own schedule.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llamero.engine.loop import autocast
+from llamero.engine.noise import rates
+from llamero.engine.optimizer import adamw
+from llamero.engine.stage import StageConfig
+from llamero.kernels.attention import as_on_cuda
+from llamero.model.config import LlamaConfig
+from llamero.model.dropout import Noise
+from llamero.model.llama import Llama
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.imagined import first_of, imagined
+from llamero.parallel.mesh import layers_of, refuse_impossible
+from llamero.parallel.part import Micro, Part
+from llamero.parallel.spread import Spread
+from llamero.parallel.world import local
+from llamero.plan.weigh import GATHERED, Weigh, nbytes
+
+FEW = (2, 3)
+"""Layers of a piece that are run. The third is one that repeats: what it adds, every further one adds."""
+
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the moment of a step when they are most."""
+
+    weights: int = 0
+    """Its shards of the parameters, frozen and packed ones included."""
+    gradients: int = 0
+    """Those of what is trained."""
+    optimizer: int = 0
+    """The optimizer's state."""
+    activations: int = 0
+    """What backward passes still need, over all micro-batches in flight."""
+    logits: int = 0
+    """What head and loss hold."""
+    gathered: int = 0
+    """Whole weights of layers that are otherwise in shards."""
+    other: int = 0
+    """What passes by: gradients of activations, a layer that is computed again, buffers of a pipeline."""
+    kv: int = 0
+    """Keys and values of earlier tokens, where a model is served."""
+    host: int = 0
+    """In the host's memory, not the device's: what `offload` moves there."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has."""
+
+    all: int
+    trained: int
+    per_rank: int
+    """On the device that has most."""
+
+
+class _Piece(NamedTuple):
+    """Bytes of a piece of the model on one device, and of one micro-batch that goes through it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    """Activations between the forward and the backward pass."""
+    logits_kept: int
+    """Of head and loss, the same."""
+    logits: int
+    """The most of head and loss at a time."""
+    gathered: int
+    """The most of whole weights at a time."""
+    forward: int
+    """The most of all that counts at a time while it goes forward."""
+    backward: int
+    """The same while it goes backward."""
+    handed: int
+    """What comes in from the piece before and, as its gradient, from the piece after: for each micro-batch."""
+    parameters: int
+    """Numbers here."""
+
+    def further(self, before: "_Piece", layers: int) -> "_Piece":
+        """Return what this is with more layers, by what it has more than one with a layer less."""
+        return _Piece(*(here + layers * (here - less) for here, less in zip(self, before, strict=True)))
+
+
+def memory(
+    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, *, device: str = "cuda"
+) -> list[Memory]:
+    """Return what each place of the pipeline needs at its worst moment; one place where there is no pipeline.
+
+    Args:
+        config: The model, its vocabulary as it is trained.
+        stage: How it is trained. Every row is taken to be full, one document of which everything is learned.
+        parallel: Over what devices. Nothing of it has to be there.
+        device: `cuda`, or `cpu` for what processes on a CPU hold.
+
+    Raises:
+        LlameroError: If the model cannot have the layout.
+    """
+    refuse_impossible(parallel, config, batch=stage.batch)
+    return [_of_place(config, stage, parallel, place, device=device) for place in range(parallel.pipeline)]
+
+
+def _of_place(
+    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, place: int, *, device: str
+) -> Memory:
+    pieces, orders = _pieces(config, stage, parallel, place, device=device)
+    count, _ = parallel.share(stage.batch)
+    resting = {name: sum(getattr(piece, name) for piece in pieces) for name in ("weights", "gradients", "optimizer")}
+    moment = _worst(pieces, orders)
+    moment["other"] += count * sum(piece.handed for piece in pieces)
+    if parallel.offload:
+        return Memory(host=sum(resting.values()), **moment)
+    return Memory(**resting, **moment)
+
+
+def _pieces(
+    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, place: int, *, device: str
+) -> tuple[list[_Piece], list[tuple[str, int]]]:
+    """Return the pieces of a place with all their layers, and in what order passes go through them."""
+    number = parallel.pieces
+    mine = range(place, number, parallel.pipeline)
+    lengths = [len(layers_of(piece, pieces=number, layers=config.num_layers)) for piece in mine]
+    if max(lengths) <= FEW[1]:
+        return _weighed(config, stage, parallel, place, device=device)
+    small, large = (
+        _weighed(replace(config, num_layers=number * few), stage, parallel, place, device=device) for few in FEW
+    )
+    pieces = [b.further(a, length - FEW[1]) for a, b, length in zip(small[0], large[0], lengths, strict=True)]
+    return pieces, large[1]
+
+
+def _weighed(
+    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, place: int, *, device: str
+) -> tuple[list[_Piece], list[tuple[str, int]]]:
+    """Run what a place has, layer by layer; return its pieces, and in what order passes go through them."""
+    # compiled, it keeps rather less: this is an upper bound, and needs no compiler here
+    plain = parallel.model_copy(update={"compile": False, "device": "cpu"})
+    with imagined(plain, rank=first_of(plain, place)) as world:
+        with torch.device("meta"):
+            model = Llama(config)
+        precision = autocast(stage, torch.device(device))
+        spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
+        with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda() if device == "cuda" else nullcontext():
+            pieces = [_weigh(part, spread, stage) for part in spread.parts]
+        return pieces, _orders(spread)
+
+
+def _orders(spread: Spread) -> list[tuple[str, int]]:
+    """Return what a process does: F forward, B backward, or I and W its halves, and with which of its pieces."""
+    if not spread.orders:
+        return [("F", 0), ("B", 0)]
+    width = spread.world.parallel.pipeline
+    return [(a.computation_type.value, a.stage_index // width) for a in spread.orders]
+
+
+def _worst(pieces: Sequence[_Piece], orders: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """Return activations, logits, gathered and other at the worst moment of a step."""
+    flying = [0] * len(pieces)
+    worst: dict[str, int] = {"total": -1}
+    for what, number in orders:
+        if what not in ("F", "B", "I", "W"):
+            continue
+        here = pieces[number]
+        flying[number] += what == "F"
+        kept = sum(count * piece.kept for count, piece in zip(flying, pieces, strict=True))
+        logits = sum(count * piece.logits_kept for count, piece in zip(flying, pieces, strict=True))
+        most = here.forward if what == "F" else here.backward
+        total = kept + logits - here.kept - here.logits_kept + most
+        if total > worst["total"]:
+            logits += here.logits - here.logits_kept
+            other = max(0, total - kept - logits - here.gathered)
+            worst = {"activations": kept, "logits": logits, "gathered": here.gathered, "other": other, "total": total}
+        flying[number] -= what in ("B", "W")
+    del worst["total"]
+    return worst
+
+
+def _weigh(part: Part, spread: Spread, stage: StageConfig) -> _Piece:
+    """Send a micro-batch forward and backward through a part, twice: the first time makes what stays."""
+    tied = part.first and part.last and part.lm_head.weight is part.embed_tokens.weight
+    part.to_empty(device="cpu")
+    if tied:
+        part.lm_head.weight = part.embed_tokens.weight
+    optimizer = adamw(part, stage)
+    part.micros = [_micro(spread, stage)]
+    x = None if part.first else torch.empty_like(spread.residual(), device="cpu").requires_grad_()
+    resting = list(chain(part.parameters(), part.buffers()))
+    weights, numbers = nbytes(resting), sum(local(parameter.detach()).numel() for parameter in part.parameters())
+    handed = (0 if x is None else nbytes([x])) + (0 if part.last else nbytes([spread.residual()]))
+    with Weigh([*resting, *_tensors(part.micros[0]), *([] if x is None else [x])]) as scale:
+        if part.last:
+            part.norm.register_forward_hook(lambda *_: setattr(scale, "label", LOGITS))
+        _passes(part, x, scale)
+        scale.settle()
+        kept, forward, backward = _passes(part, x, scale)
+        gathered, logits = scale.peaks.get(GATHERED, 0), scale.peaks.get(LOGITS, 0)
+    gradients = nbytes(p.grad for p in part.parameters() if p.grad is not None)
+    optimizer.step()
+    state = nbytes(value for state in optimizer.state.values() for value in state.values())
+    return _Piece(
+        weights, gradients, state, kept[""], kept[LOGITS], logits, gathered, forward, backward, handed, numbers
+    )
+
+
+def _passes(part: Part, x: Tensor | None, scale: Weigh) -> tuple[dict[str, int], int, int]:
+    """Return what is kept between the passes, by label, and the most at a time in each of them."""
+    scale.label, scale.peak = "", 0
+    out = part(x, 0)
+    scale.label = ""
+    kept = {"": 0, LOGITS: 0} | scale.alive()
+    forward, scale.peak = scale.peak, 0
+    out.backward(torch.empty_like(out))
+    if x is not None:
+        x.grad = None
+    return kept, forward, scale.peak
+
+
+def _micro(spread: Spread, stage: StageConfig) -> Micro:
+    """Return a full micro-batch."""
+    rows, length = spread.passes.rows, spread.passes.tokens
+    tokens = rows * length
+    some = torch.zeros(tokens, dtype=torch.int64)
+    wanted = rates(stage)
+    noise = Noise(some.clone(), some + length, wanted, spread.config.num_layers) if any(wanted) else None
+    micro = Micro(some, (length,) * rows, torch.arange(tokens), some, torch.ones(tokens), noise)
+    size = spread.world.parallel.tensor
+    return micro.padded(-(-tokens // size) * size)
+
+
+def _tensors(micro: Micro) -> list[Tensor]:
+    found = [micro.ids, micro.learned, micro.targets, micro.weights]
+    return found if micro.noise is None else [*found, micro.noise.keys, micro.noise.lengths]
