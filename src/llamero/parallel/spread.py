@@ -165,23 +165,25 @@ class Spread:
         (part,) = self.parts
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number in range(count):
-            self._accumulate(last=number == count - 1)
+            self.accumulate(last=number == count - 1)
             share = part(None, number).sum() / total
             if backward:
                 share.backward()
             loss += share.detach()
         return loss
 
-    def _accumulate(self, *, last: bool) -> None:
-        """Say what the backward pass of a micro-batch does with weights and gradients: see `zero`."""
-        (part,) = self.parts
-        if not isinstance(part, FSDPModule):
-            return
-        zero = self.world.parallel.zero_stage
-        part.set_is_last_backward(last or zero > 1)
-        part.set_requires_gradient_sync(last or zero > 1)
-        part.set_requires_all_reduce(last)  # between copies, sums of shards are enough
-        part.set_reshard_after_backward(last or zero == 3)
+    def accumulate(self, *, last: bool) -> None:
+        """Say what the backward pass of a micro-batch does with weights and gradients: see `zero`.
+
+        A pipeline says the same to its parts by itself.
+        """
+        zero = self.world.parallel.zero_stage if self._schedule is None else 1
+        for part in self.parts:
+            if isinstance(part, FSDPModule):
+                part.set_is_last_backward(last or zero > 1)
+                part.set_requires_gradient_sync(last or zero > 1)
+                part.set_requires_all_reduce(last)  # between copies, sums of shards are enough
+                part.set_reshard_after_backward(last or zero == 3)
 
     def _scheduled(self, total: float, *, backward: bool) -> Tensor:
         assert self._schedule is not None
@@ -220,12 +222,11 @@ class Spread:
         tokens = self._tokens // (parallel.tensor if parallel.sequence_parallel else 1)
         return torch.empty(tokens, self.config.hidden_size, device="meta").requires_grad_()
 
-    @property
-    def orders(self) -> list[Any]:
-        """What this process does in a pipeline, one pass after the other: torch's `_Action`s; nothing without one."""
+    def orders(self, place: int) -> list[Any]:
+        """Return what a place of the pipeline does, pass after pass: torch's `_Action`s; nothing without one."""
         if self._schedule is None:
             return []
-        return [action for action in self._schedule.pipeline_order[self.world.along("pipeline")] if action is not None]
+        return [action for action in self._schedule.pipeline_order[place] if action is not None]
 
     def _pipeline(self) -> Any:
         parallel, world = self.world.parallel, self.world

@@ -6,11 +6,12 @@ the forward and the backward pass of one micro-batch, counted operation by opera
 only the first few of them are run; a pipeline's micro-batches in flight are those of torch's own schedule.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import gc
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,15 @@ from llamero.model.dropout import Noise
 from llamero.model.llama import Llama
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.imagined import first_of, imagined
-from llamero.parallel.mesh import layers_of, refuse_impossible
+from llamero.parallel.layout import layers_of, refuse_impossible
 from llamero.parallel.part import Micro, Part
 from llamero.parallel.spread import Spread
 from llamero.parallel.world import local
 from llamero.plan.weigh import GATHERED, Weigh, nbytes
 
-FEW = (2, 3)
-"""Layers of a piece that are run. The third is one that repeats: what it adds, every further one adds."""
+FEW = (3, 4)
+"""Layers of a piece that are run: the fourth is one that repeats, and what it adds every further one adds. With fewer,
+first and last are not alike, and not as many are fetched ahead."""
 
 LOGITS = "logits"
 
@@ -100,14 +102,8 @@ class _Piece(NamedTuple):
     parameters: int
     """Numbers here."""
 
-    def further(self, before: "_Piece", layers: int) -> "_Piece":
-        """Return what this is with more layers, by what it has more than one with a layer less."""
-        return _Piece(*(here + layers * (here - less) for here, less in zip(self, before, strict=True)))
 
-
-def memory(
-    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, *, device: str = "cuda"
-) -> list[Memory]:
+def memory(config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, *, device: str = "cuda") -> list[Memory]:
     """Return what each place of the pipeline needs at its worst moment; one place where there is no pipeline.
 
     Args:
@@ -120,60 +116,94 @@ def memory(
         LlameroError: If the model cannot have the layout.
     """
     refuse_impossible(parallel, config, batch=stage.batch)
-    return [_of_place(config, stage, parallel, place, device=device) for place in range(parallel.pipeline)]
+    kinds, orders = _kinds(config, stage, parallel, device=device)
+    found = []
+    for place, passes in enumerate(orders):
+        pieces = [
+            kinds[_kind(piece, parallel)].with_layers(len(layers))
+            for piece in range(place, parallel.pieces, parallel.pipeline)
+            for layers in [layers_of(piece, pieces=parallel.pieces, layers=config.num_layers)]
+        ]
+        found.append(_at_worst(pieces, passes, parallel, stage))
+    return found
 
 
-def _of_place(
-    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, place: int, *, device: str
+def _at_worst(
+    pieces: Sequence[_Piece], passes: Sequence[tuple[str, int]], parallel: ParallelConfig, stage: StageConfig
 ) -> Memory:
-    pieces, orders = _pieces(config, stage, parallel, place, device=device)
+    """Return what a place needs that has some pieces, and goes through them in some order."""
     count, _ = parallel.share(stage.batch)
     resting = {name: sum(getattr(piece, name) for piece in pieces) for name in ("weights", "gradients", "optimizer")}
-    moment = _worst(pieces, orders)
+    moment = _worst(pieces, passes)
     moment["other"] += count * sum(piece.handed for piece in pieces)
     if parallel.offload:
         return Memory(host=sum(resting.values()), **moment)
     return Memory(**resting, **moment)
 
 
-def _pieces(
-    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, place: int, *, device: str
-) -> tuple[list[_Piece], list[tuple[str, int]]]:
-    """Return the pieces of a place with all their layers, and in what order passes go through them."""
+class _Kind(NamedTuple):
+    """Pieces that differ in nothing but the number of their layers."""
+
+    small: _Piece
+    large: _Piece
+    """With one layer more."""
+    layers: int
+    """Of the larger."""
+
+    def with_layers(self, layers: int) -> _Piece:
+        """Return the bytes of a piece with some number of layers."""
+        more = layers - self.layers
+        return _Piece(*(large + more * (large - small) for small, large in zip(self.small, self.large, strict=True)))
+
+
+def _kind(piece: int, parallel: ParallelConfig) -> tuple[bool, bool]:
+    """Return whether a piece has the embedding, and whether the head."""
+    return piece == 0, piece == parallel.pieces - 1
+
+
+def _kinds(
+    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, *, device: str
+) -> tuple[dict[tuple[bool, bool], _Kind], list[list[tuple[str, int]]]]:
+    """Weigh a piece of each kind; return them, and in what order each place goes through its own."""
     number = parallel.pieces
-    mine = range(place, number, parallel.pipeline)
-    lengths = [len(layers_of(piece, pieces=number, layers=config.num_layers)) for piece in mine]
-    if max(lengths) <= FEW[1]:
-        return _weighed(config, stage, parallel, place, device=device)
-    small, large = (
-        _weighed(replace(config, num_layers=number * few), stage, parallel, place, device=device) for few in FEW
-    )
-    pieces = [b.further(a, length - FEW[1]) for a, b, length in zip(small[0], large[0], lengths, strict=True)]
-    return pieces, large[1]
+    lengths = {len(layers_of(piece, pieces=number, layers=config.num_layers)) for piece in range(number)}
+    few = FEW if max(lengths) > FEW[1] else sorted(lengths)
+    weighed = [_weighed(replace(config, num_layers=number * each), stage, parallel, device=device) for each in few]
+    (small, _), (large, orders) = weighed[0], weighed[-1]
+    return {kind: _Kind(small[kind], large[kind], few[-1]) for kind in small}, orders
 
 
 def _weighed(
-    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, place: int, *, device: str
-) -> tuple[list[_Piece], list[tuple[str, int]]]:
-    """Run what a place has, layer by layer; return its pieces, and in what order passes go through them."""
+    config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, *, device: str
+) -> tuple[dict[tuple[bool, bool], _Piece], list[list[tuple[str, int]]]]:
+    """Run a piece of each kind, layer by layer."""
     # compiled, it keeps rather less: this is an upper bound, and needs no compiler here
     plain = parallel.model_copy(update={"compile": False, "device": "cpu"})
-    with imagined(plain, rank=first_of(plain, place)) as world:
-        with torch.device("meta"):
-            model = Llama(config)
-        precision = autocast(stage, torch.device(device))
-        spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
-        with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda() if device == "cuda" else nullcontext():
-            pieces = [_weigh(part, spread, stage) for part in spread.parts]
-        return pieces, _orders(spread)
+    precision = autocast(stage, torch.device(device))
+    wanted = {_kind(piece, parallel) for piece in range(parallel.pieces)}
+    found: dict[tuple[bool, bool], _Piece] = {}
+    orders: list[list[tuple[str, int]]] = []
+    gc.freeze()  # what is here already need not be looked through again and again
+    for place in dict.fromkeys((0, parallel.pipeline - 1, min(1, parallel.pipeline - 1))):
+        if found.keys() == wanted:
+            break
+        with imagined(plain, rank=first_of(plain, place)) as world:
+            with torch.device("meta"):
+                model = Llama(config)
+            spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
+            orders = orders or [_orders(spread, each) for each in range(parallel.pipeline)]
+            with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda() if device == "cuda" else nullcontext():
+                for part in spread.parts:
+                    if (part.first, part.last) not in found:
+                        found[part.first, part.last] = _weigh(part, spread, stage)
+    gc.unfreeze()
+    return found, orders
 
 
-def _orders(spread: Spread) -> list[tuple[str, int]]:
-    """Return what a process does: F forward, B backward, or I and W its halves, and with which of its pieces."""
-    if not spread.orders:
-        return [("F", 0), ("B", 0)]
-    width = spread.world.parallel.pipeline
-    return [(a.computation_type.value, a.stage_index // width) for a in spread.orders]
+def _orders(spread: Spread, place: int) -> list[tuple[str, int]]:
+    """Return what a place does: F forward, B backward, or I and W its halves, and with which of its pieces."""
+    actions, width = spread.orders(place), spread.world.parallel.pipeline
+    return [(a.computation_type.value, a.stage_index // width) for a in actions] or [("F", 0), ("B", 0)]
 
 
 def _worst(pieces: Sequence[_Piece], orders: Sequence[tuple[str, int]]) -> dict[str, int]:
@@ -210,16 +240,26 @@ def _weigh(part: Part, spread: Spread, stage: StageConfig) -> _Piece:
     resting = list(chain(part.parameters(), part.buffers()))
     weights, numbers = nbytes(resting), sum(local(parameter.detach()).numel() for parameter in part.parameters())
     handed = (0 if x is None else nbytes([x])) + (0 if part.last else nbytes([spread.residual()]))
+    trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
+    sharded = nbytes(trained)
     with Weigh([*resting, *_tensors(part.micros[0]), *([] if x is None else [x])]) as scale:
         if part.last:
             part.norm.register_forward_hook(lambda *_: setattr(scale, "label", LOGITS))
         _passes(part, x, scale)
-        scale.settle()
+        stays = scale.settle()
+        if spread.passes.count > 1:  # a micro-batch in the middle: gradients, and even weights, may stay whole
+            spread.accumulate(last=False)
+            for parameter in trained:
+                parameter.grad = None
+            _passes(part, x, scale)
+            stays = scale.settle()
         kept, forward, backward = _passes(part, x, scale)
         gathered, logits = scale.peaks.get(GATHERED, 0), scale.peaks.get(LOGITS, 0)
-    gradients = nbytes(p.grad for p in part.parameters() if p.grad is not None)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = nbytes(value for state in optimizer.state.values() for value in state.values())
+    gradients = max(stays, sharded)
     return _Piece(
         weights, gradients, state, kept[""], kept[LOGITS], logits, gathered, forward, backward, handed, numbers
     )

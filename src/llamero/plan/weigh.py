@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 GATHERED = "gathered"
-"""Label of whole weights that are there for a while only."""
+"""Label of weights that are fetched from other processes for a while."""
 
 
 class Weigh(TorchDispatchMode):
@@ -30,7 +30,7 @@ class Weigh(TorchDispatchMode):
         super().__init__()
         self._known: WeakSet[UntypedStorage] = WeakSet(storages(known))
         self._seen: WeakSet[UntypedStorage] = WeakSet()
-        self._gathered: WeakSet[UntypedStorage] = WeakSet()
+        self._in_place: WeakSet[UntypedStorage] = WeakSet()
         self._counted: dict[int, tuple[str, int]] = {}
         self._alive: dict[str, int] = {}
         self.label = ""
@@ -49,15 +49,25 @@ class Weigh(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for storage in storages(value for value in tree_iter(made) if isinstance(value, Tensor)):
             if storage not in self._known and storage not in self._seen:
-                self._count(storage)
+                self._count(storage, self.label)
+        if func.namespace == "fsdp" and "all_gather" in func.name():
+            self._relabel(value for value in tree_iter(args) if isinstance(value, Tensor))
         self._look()
         return made
 
-    def _count(self, storage: UntypedStorage) -> None:
+    def _relabel(self, buffers: Iterable[Tensor]) -> None:
+        """Count what weights are fetched into, or out of, as `gathered`."""
+        for number in {id(storage) for storage in storages(buffers)} & self._counted.keys():
+            label, size = self._counted[number]
+            self._counted[number] = GATHERED, size
+            self._alive[label] -= size
+            self._alive[GATHERED] = self._alive.get(GATHERED, 0) + size
+
+    def _count(self, storage: UntypedStorage, label: str) -> None:
         size, number = storage.nbytes(), id(storage)
         self._seen.add(storage)
-        self._counted[number] = self.label, size
-        self._alive[self.label] = self._alive.get(self.label, 0) + size
+        self._counted[number] = label, size
+        self._alive[label] = self._alive.get(label, 0) + size
         finalize(storage, self._gone, number).atexit = False
 
     def _gone(self, number: int) -> None:
@@ -66,30 +76,42 @@ class Weigh(TorchDispatchMode):
             self._alive[found[0]] -= found[1]
 
     def _look(self) -> None:
-        if self._gathered:  # their sizes change in place
-            self._alive[GATHERED] = sum(storage.nbytes() for storage in self._gathered)
-        self.peak = max(self.peak, sum(self._alive.values()))
-        for label, size in self._alive.items():
+        now = self._now()
+        self.peak = max(self.peak, sum(now.values()))
+        for label, size in now.items():
             if size > self.peaks.get(label, 0):
                 self.peaks[label] = size
 
-    def settle(self) -> None:
-        """Stop counting what is alive, but for what comes and goes in place; forget all peaks.
+    def _now(self) -> dict[str, int]:
+        now = dict(self._alive)
+        if self._in_place:
+            now[GATHERED] = now.get(GATHERED, 0) + sum(storage.nbytes() for storage in self._in_place)
+        return now
 
-        FSDP's whole weights keep their storages and only their sizes change: from here on they are `gathered`.
+    def settle(self) -> int:
+        """Stop counting what is alive, and return its bytes; forget all peaks.
+
+        FSDP's whole weights keep their storages and only their sizes change: they go on counting, as `gathered`.
         """
         gc.collect()
+        stays = 0
         for storage in list(self._seen):
-            _, size = self._counted.pop(id(storage))
-            (self._gathered if storage.nbytes() < size else self._known).add(storage)
-        self._seen |= self._gathered
+            _, size = self._counted.pop(id(storage), ("", 0))
+            if storage in self._in_place or storage in self._known:
+                continue
+            if storage.nbytes() < size:
+                self._in_place.add(storage)
+            else:
+                self._known.add(storage)
+                stays += size
         self._alive, self.peak, self.peaks = {}, 0, {}
+        return stays
 
     def alive(self) -> dict[str, int]:
         """Return the bytes that are alive, by label."""
         gc.collect()
         self._look()
-        return dict(self._alive)
+        return self._now()
 
 
 def storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:

@@ -1,0 +1,133 @@
+"""Bytes of a plan against counting them on paper, and against running every layer of the model."""
+
+import jaxtyping
+import pytest
+import torch.distributed as dist
+
+from llamero.engine.stage import StageConfig
+from llamero.model.config import LlamaConfig
+from llamero.model.rope import Default
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.imagined import first_of, imagined
+from llamero.plan import memory as plan
+from llamero.plan.memory import memory
+
+
+@pytest.fixture(autouse=True)
+def plain_annotations():
+    """Under sequence parallelism a layer has tokens of two numbers, which one name in a signature cannot say."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+LAYOUTS = {
+    "alone": {"gpus": 1, "recompute": "selective"},
+    "fsdp": {"gpus": 4},
+    "fsdp-full": {"gpus": 4, "recompute": "full"},
+    "zero-1": {"gpus": 4, "zero": 1, "micro_batch": 1},
+    "hsdp-tensor": {"gpus": 8, "replicate": 2, "tensor": 2, "shard": 2},
+    "pipeline": {"gpus": 4, "pipeline": 2, "tensor": 2},
+    "zero-bubble": {"gpus": 4, "pipeline": 2, "schedule": "zero-bubble"},
+}
+
+
+def shape(layers=6, **keys):
+    head_dim = 16
+    return LlamaConfig(
+        **{
+            "vocab_size": 259,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_layers": layers,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": head_dim,
+            "rope": Default(10000.0, head_dim),
+            "max_position_embeddings": 128,
+        }
+        | keys
+    )
+
+
+def stage(**keys):
+    return StageConfig.model_validate({"name": "s", "mixture": "m", "sequence": 64, "batch": 16, "steps": 3} | keys)
+
+
+def numbers(config):
+    width, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_kv_heads * config.head_dim
+    layer = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
+    return 2 * config.vocab_size * width + config.num_layers * layer + width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_few_layers_tell_what_all_of_them_need(name, monkeypatch):
+    parallel = ParallelConfig.model_validate(LAYOUTS[name])
+    noisy = stage(dropout={"hidden": 0.2, "lima": True}, neftune=5, z_loss=1e-4)
+    few = memory(shape(), noisy, parallel)
+    monkeypatch.setattr(plan, "FEW", (99, 99))
+    assert few == memory(shape(), noisy, parallel)
+
+
+def test_what_rests_on_one_device_is_what_paper_says():
+    config = shape(tie_word_embeddings=False)
+    (found,) = memory(config, stage(), ParallelConfig())
+    tensors = 6 * 9 + 3
+    assert found.weights == found.gradients == 4 * numbers(config)
+    assert found.optimizer == 8 * numbers(config) + 4 * tensors
+    assert found.gathered == found.host == found.kv == 0
+    assert found.total == sum(value for name, value in vars(found).items() if name != "host")
+
+
+def test_a_tied_head_is_there_once():
+    config = shape(tie_word_embeddings=True)
+    (found,) = memory(config, stage(), ParallelConfig())
+    assert found.weights == 4 * (numbers(config) - config.vocab_size * config.hidden_size)
+
+
+def test_shards_of_all_devices_are_the_model():
+    config = shape(vocab_size=256)
+    (found,) = memory(config, stage(), ParallelConfig(gpus=8))
+    assert 8 * found.weights == 4 * numbers(config)
+
+
+@pytest.mark.slow
+def test_offload_moves_what_rests_to_the_host():
+    (spread,) = memory(shape(), stage(), ParallelConfig(gpus=2))
+    (found,) = memory(shape(), stage(), ParallelConfig(gpus=2, offload=True))
+    assert found.weights == found.gradients == found.optimizer == 0
+    assert found.host == spread.weights + spread.gradients + spread.optimizer
+    assert found.activations == spread.activations
+
+
+@pytest.mark.slow
+def test_recomputing_more_keeps_less():
+    kept = [
+        memory(shape(), stage(), ParallelConfig(recompute=how))[0].activations for how in ("none", "selective", "full")
+    ]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+
+
+@pytest.mark.slow
+def test_earlier_places_of_a_pipeline_have_more_in_flight():
+    found = memory(shape(8), stage(), ParallelConfig(gpus=4, pipeline=4))
+    middle = found[1].activations / 3
+    assert found[2].activations == 2 * middle
+    found = memory(shape(8), stage(), ParallelConfig(gpus=4, pipeline=4, schedule="gpipe"))
+    assert found[1].activations == found[2].activations == 16 * middle
+
+
+def test_an_imagined_process_is_gone_afterwards():
+    parallel = ParallelConfig(gpus=8, pipeline=2, tensor=2)
+    for rank in (0, first_of(parallel, 1), 7):
+        with imagined(parallel, rank=rank) as world:
+            assert world.rank == rank
+            assert world.along("pipeline") == rank // 4
+            with pytest.raises(ValueError, match="one of a run already"), imagined(parallel):
+                pass
+        assert not dist.is_initialized()
+    with pytest.raises(ValueError, match="no rank 8"), imagined(parallel, rank=8):
+        pass
