@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
 _as_on_cuda: ContextVar[bool] = ContextVar("as_on_cuda", default=False)
 
 
