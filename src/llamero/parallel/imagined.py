@@ -1,7 +1,7 @@
 """One process of a layout that nobody started, so that what it would hold can be weighed on any machine.
 
-Its model is on the meta device, its process group is torch's `fake` one: collectives return at once and move nothing,
-so shapes and dtypes are those of the real run and there are no numbers.
+Its model is on the meta device, or has tensors of `FakeTensorMode`. Its process group is the `fake` one of torch:
+collectives return at once and move nothing, so shapes and dtypes are those of the real run and there are no numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ class Imagined(World):
 
     def __init__(self, parallel: ParallelConfig, rank: int) -> None:
         self.parallel = parallel
-        self.device = torch.device("meta")
+        self.device = torch.device("cpu")
         self.rank, self.size = rank, parallel.gpus
         self.mesh = device_mesh(parallel, "cpu") if parallel.gpus > 1 else None
 

@@ -7,8 +7,9 @@ only the first few of them are run; a pipeline's micro-batches in flight are tho
 """
 
 import gc
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import NamedTuple
@@ -192,12 +193,24 @@ def _weighed(
                 model = Llama(config)
             spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
             orders = orders or [_orders(spread, each) for each in range(parallel.pipeline)]
-            with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda() if device == "cuda" else nullcontext():
+            with _without_numbers(device):
+                spread.allocate()
                 for part in spread.parts:
                     if (part.first, part.last) not in found:
                         found[part.first, part.last] = _weigh(part, spread, stage)
     gc.unfreeze()
     return found, orders
+
+
+@contextmanager
+def _without_numbers(device: str) -> Iterator[None]:
+    """Let tensors have shapes and dtypes and nothing else, and attention go the way of a device."""
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+        # FSDP compares addresses once, to see whether weights were moved; there are none, and it goes on rightly
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        if device == "cuda":
+            stack.enter_context(as_on_cuda())
+        yield
 
 
 def _orders(spread: Spread, place: int) -> list[tuple[str, int]]:
@@ -230,10 +243,6 @@ def _worst(pieces: Sequence[_Piece], orders: Sequence[tuple[str, int]]) -> dict[
 
 def _weigh(part: Part, spread: Spread, stage: StageConfig) -> _Piece:
     """Send a micro-batch forward and backward through a part, twice: the first time makes what stays."""
-    tied = part.first and part.last and part.lm_head.weight is part.embed_tokens.weight
-    part.to_empty(device="cpu")
-    if tied:
-        part.lm_head.weight = part.embed_tokens.weight
     optimizer = adamw(part, stage)
     part.micros = [_micro(spread, stage)]
     x = None if part.first else torch.empty_like(spread.residual(), device="cpu").requires_grad_()
