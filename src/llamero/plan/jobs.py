@@ -13,6 +13,8 @@ from string import Template
 
 from llamero.core.errors import LlameroError
 
+GRACE = 280
+"""Seconds that torchrun leaves its processes to save, of the 300 before Slurm ends the job; 30 is its own choice."""
 PORT = 29500
 """On which processes find each other, unless another is asked for."""
 
@@ -64,8 +66,10 @@ def torchrun(job: Job) -> str:
     """Return the script that is run on every node; where there are several, it is told the name of the first."""
     if job.nodes == 1:
         start = ["torchrun", "--standalone", "--nproc-per-node", str(job.devices), *_MODULE, *job.command]
-        return _SCRIPT.substitute(about=_ALONE, setup=_lines(job.setup), start=shlex.join(start))
-    return _SCRIPT.substitute(about=_EACH, setup=_lines(job.setup), start=_on_each_node(job, shlex.quote(job.name)))
+        return _SCRIPT.substitute(grace=GRACE, about=_ALONE, setup=_lines(job.setup), start=shlex.join(start))
+    return _SCRIPT.substitute(
+        grace=GRACE, about=_EACH, setup=_lines(job.setup), start=_on_each_node(job, shlex.quote(job.name))
+    )
 
 
 def slurm(job: Job) -> str:
@@ -73,6 +77,7 @@ def slurm(job: Job) -> str:
     hours, minutes = divmod(round(job.hours * 60), 60)
     return _SLURM.substitute(
         name=job.name,
+        grace=GRACE,
         nodes=job.nodes,
         devices=job.devices,
         time=f"{hours}:{minutes:02}:00",
@@ -102,6 +107,7 @@ _EACH = """# Run this on every node, with the name of the first:  HEAD_NODE=node
 _SCRIPT = Template("""#!/bin/bash
 set -euo pipefail
 $about
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace # seconds to save in, when asked to stop
 ${setup}exec $start
 """)
 _SLURM = Template("""#!/bin/bash
@@ -115,6 +121,7 @@ _SLURM = Template("""#!/bin/bash
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@300
 ${directives}set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace # seconds to save in, when asked to stop
 ${setup}nodes=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST")
 export HEAD_NODE=$${nodes%%$$'\\n'*}
 

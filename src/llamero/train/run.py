@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llamero.checkpoint import packed, peft
-from llamero.checkpoint.hf import Spec, open_tensors, write_tensors
+from llamero.checkpoint.hf import Spec, open_tensors, read_json, write_tensors
+from llamero.core import files
 from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
 from llamero.engine import resume
@@ -48,6 +49,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+SUMMARY = "training.json"
+"""Says that a stage is trained and exported, and what the card says of it."""
 
 
 def run(  # noqa: PLR0913  (all that a stage is made of)
@@ -76,6 +79,9 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         hub_name: What the model to start from is called on the hub, if it is there: an adapter names it as its base.
     """
     world = World(parallel)
+    decided = files.digest({"stage": stage.decides(), "seed": seed})
+    if (finished := _finished(out, decided, world)) is not None:
+        return finished
     with world.together():
         vocabulary = load_tokenizer(tokenizer)
         model, weights, new = _model(stage, start, vocabulary, seed=seed, new_rows=new_rows, parallel=parallel)
@@ -109,7 +115,6 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         if spread.world.speaks:
             for place in (out, out / "adapter")[: 1 + (adapter is not None)]:
                 _copy_tokenizer(tokenizer, place)
-            resume.remove(out / "checkpoints")
         spread.world.barrier()
 
     before = start if isinstance(start, Path) else None
@@ -126,7 +131,7 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         weights=weights,
         world=world,
     )
-    return {
+    summary = {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "supervised_tokens": outcome.supervised_tokens,
@@ -144,6 +149,22 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         },
         "packing": batches.report.to_json(),
     }
+    if world.speaks:
+        files.sync(out)
+        files.write_json(out / SUMMARY, {"decided": decided, "summary": summary})
+        resume.remove(out / "checkpoints")
+    return summary
+
+
+def _finished(out: Path, decided: str, world: World) -> dict[str, Any] | None:
+    """Return the summary of a stage that a run finished just before it was cut off."""
+    path = out / SUMMARY
+    about = world.told(read_json(path) if world.speaks and path.exists() else {})
+    if about.get("decided") != decided:
+        return None
+    if world.speaks:
+        resume.remove(out / "checkpoints")
+    return about["summary"]
 
 
 def _copy_tokenizer(tokenizer: Path, out: Path) -> None:

@@ -1,0 +1,128 @@
+"""Kill one process or all at any moment: no finished checkpoint is lost, and the next run ends in the same bytes."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamero.data.config import DataConfig, MixtureConfig
+from llamero.data.run import tokenize_mixture
+from llamero.data.vocabulary import prepare_tokenizer
+from llamero.text.tokenizer import train_bpe
+
+STAGE = {"name": "tiny", "mixture": "chat", "sequence": 64, "batch": 8, "steps": 7, "lr": 1e-2, "warmup": 2}
+STAGE |= {"save_every": 2, "eval_every": 3, "learn": {"user": 0.5}, "dropout": {"hidden": 0.1}}
+LAYOUTS = {2: {"gpus": 2}, 4: {"gpus": 4, "pipeline": 2}}
+MOMENTS = 10
+
+
+class Victims:
+    def __init__(self, process, **about):
+        self._process, self._about = process, about
+
+    def run(self, root, parallel, *, number=0, rank=-1, at=("", 0), everyone=False, full="", **changes):
+        order = {"root": str(root), "stage": STAGE | changes, "parallel": parallel, "signal": int(number), "rank": rank}
+        order |= {"at": at, "everyone": everyone, "full": full}
+        self._process.stdin.write(json.dumps(self._about | order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for name in ("base", "tokenizer", "mixture"):
+        (root / name).mkdir()
+    train_bpe(iter(["the cat sat on the mat and the dog sat on the log\n"] * 3), vocab_size=265).save(root / "base")
+    config = DataConfig(extra_tokens=["<|im_start|>", "<|im_end|>"])
+    prepare_tokenizer(config, root / "base", template="chatml", root=root, out=root / "tokenizer")
+    rows = [f'{{"instruction": "cat {n}", "output": "the dog {n * n}"}}' for n in range(60)]
+    (root / "rows.jsonl").write_text("\n".join(rows))
+    mixture = MixtureConfig.model_validate({"sources": [{"source": "rows", "path": "rows.jsonl", "val_split": 0.1}]})
+    about = {"tokenizer": root / "tokenizer", "template": "chatml", "root": root, "seed": 1}
+    tokenize_mixture("chat", mixture, out=root / "mixture", **about)
+    command = [sys.executable, str(Path(__file__).parent / "victims.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield Victims(process, data=str(root / "mixture"), tokenizer=str(root / "tokenizer"))
+        process.stdin.close()
+
+
+def decided(root):
+    """Everything in the artifact that must not depend on interruptions."""
+    (directory,) = root.iterdir()
+    assert not directory.name.endswith(".partial")
+    files = {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "metrics.jsonl"
+    }
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return files, [{key: line[key] for key in line if "second" not in key} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(victims, tmp_path_factory):
+    """What a run makes that nothing happens to, and all that each of its processes does; by number of processes."""
+    found = {}
+
+    def get(processes):
+        if processes not in found:
+            root = tmp_path_factory.mktemp("whole")
+            said = victims.run(root, LAYOUTS[processes])
+            assert [one["state"] for one in said] == ["made"] * processes, said
+            found[processes] = decided(root), [one["events"] for one in said]
+        return found[processes]
+
+    return get
+
+
+def moment(events, number):
+    """Return rank, event and which of them: the first in a save, the second in the export, the others anywhere."""
+    choose = random.Random(number)
+    if number == 0:
+        rank = choose.randrange(len(events))
+        return rank, ("write_data", choose.randint(2, events[rank]["write_data"]))
+    if number == 1:
+        return 0, ("add", choose.randint(1, events[0]["add"]))
+    rank = choose.randrange(len(events))
+    name = choose.choice(sorted(events[rank]))
+    return rank, (name, choose.randint(1, events[rank][name]))
+
+
+def check_checkpoints(root):
+    """Check that every finished checkpoint is whole, and that never two intervals are lost."""
+    (directory,) = root.iterdir()
+    there = sorted(path for path in directory.glob("checkpoints/step-*") if path.name[5:].isdigit())
+    for checkpoint in there:
+        sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+        assert {path.name for path in checkpoint.iterdir()} == {*sums, "state.json"}
+        for name, expected in sums.items():
+            assert hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == expected
+    metrics = directory / "metrics.jsonl"
+    steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    trained = (directory / "training.json").exists()
+    assert trained or steps - (int(there[-1].name[5:]) if there else 0) <= 2 * STAGE["save_every"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(MOMENTS))
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_killed_at_a_random_moment_the_next_run_ends_in_the_same_bytes(victims, whole, tmp_path, processes, number):
+    expected, events = whole(processes)
+    rank, at = moment(events, number)
+    everyone = bool(number % 2)
+    said = victims.run(tmp_path, LAYOUTS[processes], number=signal.SIGKILL, rank=rank, at=at, everyone=everyone)
+    assert said[rank] == {"state": "killed", "signal": signal.SIGKILL}, said
+    check_checkpoints(tmp_path)
+    again = victims.run(tmp_path, LAYOUTS[processes])
+    assert {one["state"] for one in again} <= {"made", "found"}, again
+    assert decided(tmp_path) == expected
