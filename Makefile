@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup quickstart test check e2e parity bench docs clean
+.PHONY: setup quickstart test check e2e parity flake bench docs clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,9 @@ e2e: setup
 
 parity: setup
 	$(BIN)/python -m pytest -q tests/parity -m ''
+
+flake: setup
+	$(BIN)/python tests/flake.py 50
 
 bench: setup
 	$(BIN)/pip install -q -e '.[dev,bench]' -c constraints.txt

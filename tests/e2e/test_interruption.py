@@ -126,3 +126,36 @@ def test_killed_at_a_random_moment_the_next_run_ends_in_the_same_bytes(victims, 
     again = victims.run(tmp_path, LAYOUTS[processes])
     assert {one["state"] for one in again} <= {"made", "found"}, again
     assert decided(tmp_path) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [False, True], ids=["one", "all"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_asked_to_stop_all_processes_save_the_same_step(victims, whole, tmp_path, processes, number, everyone):
+    asked = {"number": number, "rank": processes - 1, "at": ("losses", 3), "everyone": everyone}
+    said = victims.run(tmp_path, LAYOUTS[processes], **asked)
+    assert {one["state"] for one in said} == {"interrupted"}, said
+    (says,) = {one["says"] for one in said}
+    (directory,) = tmp_path.iterdir()
+    assert says == "stage tiny is saved after step 3 of 7"
+    assert (directory / "checkpoints" / "step-00000003" / "state.json").exists()
+    again = victims.run(tmp_path, LAYOUTS[processes])
+    assert {one["state"] for one in again} == {"made"}, again
+    assert decided(tmp_path) == whole(processes)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "full"), [(0, "write_data"), (1, "write_data"), (0, "finish"), (0, "add")])
+def test_a_disk_that_is_full_for_one_process_is_an_error_of_all(victims, whole, tmp_path, rank, full):
+    said = victims.run(tmp_path, LAYOUTS[2], rank=rank, full=full)
+    assert {one["state"] for one in said} == {"error"}, said
+    assert "no room to write (No space left on device); what was finished before is kept" in said[rank]["says"]
+    if full == "add":  # in the export, which the first process writes
+        assert "rank 0 (host " in said[1]["says"]
+    else:
+        assert said[0] == said[1]
+    check_checkpoints(tmp_path)
+    again = victims.run(tmp_path, LAYOUTS[2])
+    assert {one["state"] for one in again} == {"made"}, again
+    assert decided(tmp_path) == whole(2)[0]

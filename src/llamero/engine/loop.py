@@ -117,13 +117,14 @@ def train(  # noqa: PLR0913  (all that a stage is)
             if stopped or (last and world.any(stop.asked)):
                 saver.wait()
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
-    if stage.export_best:
-        _take_best(checkpoints, spread, optimizer)
-    if stage.export_optimizer:
-        save_moments(directory, spread=spread, optimizer=optimizer)
-    outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl")) if world.speaks else None)
-    assert outcome is not None
-    export(spread)
+    with world.missing_named():
+        if stage.export_best:
+            _take_best(checkpoints, spread, optimizer)
+        if stage.export_optimizer:
+            save_moments(directory, spread=spread, optimizer=optimizer)
+        outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl")) if world.speaks else None)
+        assert outcome is not None
+        export(spread)
     return outcome
 
 
