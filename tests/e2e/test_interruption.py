@@ -14,6 +14,7 @@ import pytest
 from llamero.data.config import DataConfig, MixtureConfig
 from llamero.data.run import tokenize_mixture
 from llamero.data.vocabulary import prepare_tokenizer
+from llamero.engine import metrics
 from llamero.text.tokenizer import train_bpe
 
 STAGE = {"name": "tiny", "mixture": "chat", "sequence": 64, "batch": 8, "steps": 7, "lr": 1e-2, "warmup": 2}
@@ -65,8 +66,7 @@ def decided(root):
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != "metrics.jsonl"
     }
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return files, [{key: line[key] for key in line if "second" not in key} for line in lines]
+    return files, [metrics.decided(line) for line in metrics.read_lines(directory / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,7 @@ def check_checkpoints(root):
         assert {path.name for path in checkpoint.iterdir()} == {*sums, "state.json"}
         for name, expected in sums.items():
             assert hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == expected
-    metrics = directory / "metrics.jsonl"
-    steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    steps = len(metrics.read_lines(directory / "metrics.jsonl"))
     trained = (directory / "training.json").exists()
     assert trained or steps - (int(there[-1].name[5:]) if there else 0) <= 2 * STAGE["save_every"]
 

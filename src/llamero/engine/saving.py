@@ -11,7 +11,6 @@ import math
 import pickle
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +56,10 @@ class Saver:
         self._directory, self._stage, self._world = directory, stage, world
         self._weights, self._optimizer = weights, optimizer
         self._planner = _Copies(pinned=world.device.type == "cuda")
+        self._background = world.parallel.save_in_background
         self._plan: SavePlan | None = None
         self._metadata: Metadata | None = None
         self._pending: _Pending | None = None
-        self._waited = 0.0
         losses = world.told([loss_of(path) for path in finished(directory)] if world.speaks else [])
         self._best = min((loss for loss in losses if loss is not None), default=math.inf)
 
@@ -75,43 +74,32 @@ class Saver:
         Raises:
             LlameroError: The one before could not be written, on any process; the same error on all.
         """
-        began = time.monotonic()
         self._finish()
         partial = self._directory / f"step-{step:08}.partial"
         self._first(lambda: _emptied(partial), partial)
         state = state_of(self._weights, lambda parameter, key: self._optimizer.state[parameter][key])
         self._planner.set_up_planner(state, is_coordinator=self._world.speaks)
         plan = self._planned()
-        self._planner.copy(plan)
+        self._planner.take(plan, copied=self._background)
         part = _Part(plan, self._planner, FileSystemWriter(partial, per_thread_copy_ahead=0), partial)
         self._pending = _Pending(step, validation_loss, part)
         part.start()
         if validation_loss is not None:
             self._best = min(self._best, validation_loss)
-        if not self._world.parallel.save_in_background:
+        if not self._background:
             self._finish()
-        self._waited += time.monotonic() - began
 
     def look(self) -> None:
         """Give the checkpoint that is being written its name if all processes have written their parts."""
         pending = self._pending
         if pending is None:
             return
-        began = time.monotonic()
         if self._world.sum([float(pending.part.is_alive())])[0] == 0:
             self._finish()
-        self._waited += time.monotonic() - began
 
     def wait(self) -> None:
         """Return when the last checkpoint is whole."""
-        began = time.monotonic()
         self._finish()
-        self._waited += time.monotonic() - began
-
-    def waited(self) -> float:
-        """Return the seconds that training has waited for saving since this was last asked."""
-        seconds, self._waited = self._waited, 0.0
-        return seconds
 
     def __enter__(self) -> Saver:
         return self
@@ -280,17 +268,20 @@ class _Copies(DefaultSavePlanner):
     def __init__(self, *, pinned: bool) -> None:
         super().__init__()
         self._pinned = pinned
-        self._copies: dict[MetadataIndex, Tensor] = {}
+        self._taken: dict[MetadataIndex, Tensor] = {}
         self.stopped = threading.Event()
 
-    def copy(self, plan: SavePlan) -> None:
-        """Copy what a plan writes to CPU memory; tensors may change when this returns."""
+    def take(self, plan: SavePlan, *, copied: bool) -> None:
+        """Take what a plan writes; if it is copied to CPU memory, the tensors may change when this returns."""
         for item in plan.items:
             tensor = local(self.lookup_object(item.index)).detach()
-            if item.index not in self._copies:
-                self._copies[item.index] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-            self._copies[item.index].copy_(tensor, non_blocking=self._pinned)
-        if self._pinned:
+            if not copied:
+                self._taken[item.index] = tensor
+                continue
+            if item.index not in self._taken:
+                self._taken[item.index] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+            self._taken[item.index].copy_(tensor, non_blocking=self._pinned)
+        if copied and self._pinned:
             torch.cuda.synchronize()
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
@@ -301,10 +292,10 @@ class _Copies(DefaultSavePlanner):
         """
         if self.stopped.is_set():
             raise InterruptedError("stopped")
-        copy = self._copies[write_item.index]
-        if not all_finite(copy):
+        tensor = self._taken[write_item.index]
+        if not all_finite(tensor):
             raise LlameroError(f"`{write_item.index.fqn}` has numbers that are not finite", fix="lower `lr`")
-        return copy
+        return tensor
 
 
 class _Part(threading.Thread):

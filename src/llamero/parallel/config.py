@@ -63,7 +63,7 @@ class ParallelConfig(Strict):
     """`auto` takes CUDA where there is one; with several processes each takes the one of its local rank."""
     save_in_background: bool = True
     """Train on while a checkpoint is written. It is copied to CPU memory first: 12 bytes a trained parameter, spread
-    over the processes, that are held from the first save on."""
+    over the processes, that are held from the first save on. Without it training waits, and nothing is copied."""
     timeout: int = Field(default=600, ge=1)
     """Seconds after which a process that is not heard of ends the run, by name."""
     workers: int | None = Field(default=None, ge=1)
