@@ -54,7 +54,6 @@ def victims(tmp_path_factory):
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         yield Victims(process, data=str(root / "mixture"), tokenizer=str(root / "tokenizer"))
-        process.stdin.close()
 
 
 def decided(root):

@@ -14,12 +14,11 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import torch.distributed.checkpoint.state_dict_loader
-import torch.distributed.tensor.parallel
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from llamero.checkpoint import hf
@@ -123,6 +122,7 @@ def main() -> None:
     """Serve orders until stdin ends."""
     torch.set_num_threads(1)  # threads do not survive a fork
     torch.optim.AdamW([torch.zeros(1)])  # imports most of torch
+    import_module("torch.distributed.checkpoint.state_dict_loader")
     for line in sys.stdin:
         order: Order = json.loads(line)
         load_tokenizer(Path(order["tokenizer"]))  # imports the rest
