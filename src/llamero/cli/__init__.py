@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App
 
-from llamero.cli import convert, data, launch, release, talk
+from llamero.cli import convert, data, launch, plan, release, talk
 from llamero.cli.display import err, say_error
 from llamero.core import world
 from llamero.core.errors import LlameroError
@@ -34,6 +34,7 @@ app = App(
 for command in (
     release.run,
     release.check,
+    plan.plan,
     release.evaluate,
     release.quantize,
     convert.convert,

@@ -1,0 +1,256 @@
+"""plan: a recipe and a cluster in, what each stage needs and how long it takes out; without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llamero.core.errors import LlameroError
+from llamero.engine.stage import DropoutConfig, StageConfig
+from llamero.model.config import LlamaConfig
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.layout import refuse_impossible
+from llamero.plan import base
+from llamero.plan.cluster import Cluster
+from llamero.plan.data import Data, Said, of_stage
+from llamero.plan.memory import Memory, memory
+from llamero.plan.search import ROOM, Candidate, Found, less, search
+from llamero.plan.time import Layout, Parts, Work, peak, step_time
+from llamero.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a step's time comes to."""
+
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+    """Operations that the tokens need, over those that the devices have."""
+    hours: float | None
+    """Of all steps; nothing where their number is not known."""
+    gpu_hours: float | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A layout of a stage, what it needs and how long it takes."""
+
+    parallel: ParallelConfig
+    parts: Parts
+    figures: Figures
+    memory: tuple[Memory, ...]
+    """Of each place of the pipeline."""
+    fits: bool
+
+    @property
+    def fullest(self) -> int:
+        """Return the place of the pipeline that needs most."""
+        return max(range(len(self.memory)), key=lambda place: self.memory[place].total)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage needs on a cluster."""
+
+    name: str
+    parameters: int
+    trained: int
+    data: Data
+    own: Planned | None
+    """With the recipe's own layout."""
+    refused: str
+    """Why the recipe's layout cannot be had, if it cannot."""
+    ways: tuple[Planned, ...]
+    """If the recipe's layout does not fit: the first with its axes that does."""
+    found: Found
+    best: tuple[Planned, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs on a cluster."""
+
+    name: str
+    cluster: Cluster
+    config: LlamaConfig
+    known_from: str
+    stages: tuple[StagePlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        device = self.cluster.accelerator
+        return {
+            "recipe": self.name,
+            "cluster": {
+                "accelerator": device.name,
+                "memory_gib": device.memory_gib,
+                "gpus": self.cluster.gpus,
+                "per_node": self.cluster.per_node,
+                "network_gbit_s_per_gpu": self.cluster.network_gbit_s,
+            },
+            "model": {**self.config.to_hf(dtype="bfloat16"), "known_from": self.known_from},
+            "stages": [_stage_json(stage) for stage in self.stages],
+        }
+
+
+def _stage_json(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "parameters": stage.parameters,
+        "trained_parameters": stage.trained,
+        "data": {**asdict(stage.data), "tokens": stage.data.tokens},
+        "own": None if stage.own is None else _planned_json(stage.own),
+        "refused": stage.refused or None,
+        "would_fit": [_planned_json(way) for way in stage.ways],
+        "best": [_planned_json(one) for one in stage.best],
+        "search": {
+            "legal": stage.found.legal,
+            "passed_over": stage.found.hopeless,
+            "weighed": stage.found.weighed,
+            "gave_up": stage.found.gave_up,
+        },
+    }
+
+
+def _planned_json(planned: Planned) -> dict[str, Any]:
+    return {
+        "parallel": planned.parallel.model_dump(mode="json"),
+        "fits": planned.fits,
+        "memory_bytes": [{**asdict(memory), "total": memory.total} for memory in planned.memory],
+        "seconds": asdict(planned.parts),
+        **asdict(planned.figures),
+    }
+
+
+def plan(
+    recipe: Recipe, *, root: Path, out: Path, cluster: Cluster, said: Mapping[str, Said] | None = None, best: int = 3
+) -> Plan:
+    """Return what a recipe needs on a cluster.
+
+    Args:
+        recipe: The recipe.
+        root: Directory that its relative paths start from.
+        out: Its run directory, in which data may stand tokenized already.
+        cluster: The devices, as many as are to be used.
+        said: What somebody says of the data of a stage, by its name.
+        best: How many layouts are suggested.
+
+    Raises:
+        LlameroError: If nobody knows the base's shape, or the devices lack a stage's precision.
+    """
+    config, known_from = base.base_config(recipe, root)
+    grown = base.trained_config(config, recipe)
+    weighed: dict[str, tuple[Memory, ...]] = {}
+    stages = []
+    for stage in recipe.train:
+        data = of_stage(stage, recipe, out, (said or {}).get(stage.name))
+        stages.append(_Stage(stage, grown, data, cluster, weighed).plan(recipe, best))
+    return Plan(recipe.name, cluster, grown if recipe.train else config, known_from, tuple(stages))
+
+
+_WEIGHS_NOTHING = {
+    "name", "mixture", "init_from", "steps", "epochs", "lr", "min_lr", "warmup", "schedule", "decay", "betas", "eps",
+    "weight_decay", "weight_decay_embeddings", "clip", "eval_every", "save_every", "export", "overlong",
+}  # fmt: skip
+"""Keys of a stage in which two may differ that need the same memory."""
+
+
+class _Stage:
+    def __init__(
+        self,
+        stage: StageConfig,
+        config: LlamaConfig,
+        data: Data,
+        cluster: Cluster,
+        weighed: dict[str, tuple[Memory, ...]],
+    ) -> None:
+        self.stage, self.config, self.data, self.cluster = stage, config, data, cluster
+        self.precision = "fp32" if stage.precision == "float32" else "bf16"
+        peak(cluster.accelerator, self.precision)  # or say that it has none
+        self.work = Work(
+            config,
+            stage.sequence,
+            attended=data.attended,
+            learned=data.learned,
+            precision=self.precision,
+            frozen=stage.adapter is not None,
+        )
+        self.weighed = weighed
+        rows = {"batch": data.rows, "batch_samples": None, "batch_tokens": None}
+        self.full = stage.model_copy(update=rows)
+        """The stage as its largest step is."""
+
+    def plan(self, recipe: Recipe, best: int) -> StagePlan:
+        """Return what is needed with the recipe's layout, and with the best ones."""
+        own, refused = self._own(recipe.parallel)
+        ways = () if own is None or own.fits else self._ways(own.parallel)
+        found = search(
+            self.work,
+            self.cluster,
+            batch=self.data.rows,
+            like=recipe.parallel,
+            weigh=lambda parallel: max(self._weigh(parallel), key=lambda one: one.total),
+            count=best,
+        )
+        whole, trained = base.parameters(self.config, self.stage)
+        data = self.data
+        if self.stage.dropout != DropoutConfig():
+            data = replace(data, notes=(*data.notes, "drawing what is dropped takes time that is not counted here"))
+        return StagePlan(
+            self.stage.name, whole, trained, data, own, refused, ways, found, tuple(map(self._of, found.best))
+        )
+
+    def _own(self, parallel: ParallelConfig) -> tuple[Planned | None, str]:
+        """Return the recipe's layout on this cluster, or why it cannot be."""
+        if parallel.gpus != self.cluster.gpus:
+            keys = {**parallel.model_dump(), "gpus": self.cluster.gpus, "shard": None}
+            try:
+                parallel = ParallelConfig.model_validate(keys)
+            except ValidationError as error:
+                return None, error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        try:
+            refuse_impossible(parallel, self.config, batch=self.data.rows)
+        except LlameroError as error:
+            return None, f"{error.problem}; {error.fix}" if error.fix else error.problem
+        return self._planned(parallel), ""
+
+    def _ways(self, parallel: ParallelConfig) -> tuple[Planned, ...]:
+        """Return the first layout with the same axes that fits."""
+        _, size = parallel.share(self.data.rows)
+        for other in less(parallel, micro=size):
+            planned = self._planned(other)
+            if planned.fits:
+                return (planned,)
+        return ()
+
+    def _planned(self, parallel: ParallelConfig) -> Planned:
+        parts = step_time(self.work, Layout.of(parallel, self.data.rows), self.cluster)
+        return self._of(Candidate(parallel, parts))
+
+    def _of(self, candidate: Candidate) -> Planned:
+        needs = self._weigh(candidate.parallel)
+        room = ROOM * self.cluster.accelerator.memory_gib * 2**30
+        fits = max(memory.total for memory in needs) <= room
+        return Planned(candidate.parallel, candidate.parts, self._figures(candidate.parts), needs, fits)
+
+    def _weigh(self, parallel: ParallelConfig) -> tuple[Memory, ...]:
+        key = self.full.model_dump_json(exclude=_WEIGHS_NOTHING) + parallel.model_dump_json()
+        if key not in self.weighed:
+            self.weighed[key] = tuple(memory(self.config, self.full, parallel))
+        return self.weighed[key]
+
+    def _figures(self, parts: Parts) -> Figures:
+        gpus, tokens, seconds = self.cluster.gpus, self.data.step_tokens, parts.total
+        hours = None if self.data.steps is None else self.data.steps * seconds / 3600
+        return Figures(
+            step_seconds=seconds,
+            tokens_per_second_per_gpu=tokens / seconds / gpus,
+            mfu=self.work.flops(tokens) / (seconds * gpus * peak(self.cluster.accelerator, self.precision)),
+            hours=hours,
+            gpu_hours=None if hours is None else hours * gpus,
+        )
