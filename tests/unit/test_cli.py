@@ -20,7 +20,7 @@ from llamero.text.tokenizer import train_bpe
 
 COMMANDS = (
     "run", "check", "evaluate", "quantize", "generate", "chat", "watch",
-    "data", "data tokenize", "data inspect", "data import", "launch", "convert",
+    "data", "data tokenize", "data inspect", "data import", "launch", "convert", "plan",
 )  # fmt: skip
 RECIPE = """
 name: tiny

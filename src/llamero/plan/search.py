@@ -6,6 +6,7 @@ are asked for. A rough count, which runs low, says which need not be weighed, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -31,6 +32,10 @@ Weigh = Callable[[ParallelConfig], "Memory"]
 ROOM = 0.92
 """Share of a device's memory that a plan may fill: the rest is the driver's, the communication library's, and what the
 allocator cannot use."""
+
+
+MOST_LOW = 1.25
+"""The rough count is raised by what it was low by, in layouts of the same kind that were weighed; at most by this."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def search(
         like: Gives what is not searched.
         weigh: Tells what a layout needs.
         count: How many are wanted; of those that differ only in what changes little, the fastest.
-        most: How many are weighed at most.
+        most: How many are weighed at most; three times as many while none of them fits.
     """
     config, capacity = work.config, cluster.accelerator.memory_gib * 2**30
     legal = list(progress.track(possible(config, cluster, batch=batch, like=like), "layouts", unit="layouts"))
@@ -151,24 +156,30 @@ def search(
     ranked.sort(key=lambda candidate: candidate.parts.total)
     best: list[Candidate] = []
     too_large: list[ParallelConfig] = []
+    low: dict[tuple[bool, str], float] = {}
     weighed = 0
     with progress.Line("memory", total=most, unit="layouts") as line:
         for candidate in ranked:
-            if len(best) == count or weighed == most:
+            if len(best) == count or weighed >= (most if best else 3 * most):
                 break
             parallel = candidate.parallel
             if any(_alike(parallel, other.parallel) for other in best):
                 continue
             if any(_needs_more(parallel, other) for other in too_large):
                 continue
-            candidate = replace(candidate, memory=weigh(parallel))
+            rough, kind = rough_bytes(work, parallel, batch), (parallel.pipeline > 1, parallel.recompute)
+            if rough * min(MOST_LOW, low.get(kind, 1.0)) > ROOM * capacity:
+                continue
+            memory = weigh(parallel)
+            candidate = replace(candidate, memory=memory)
+            low[kind] = min(low.get(kind, math.inf), memory.total / rough)
             weighed += 1
             line.advance(1, brief(parallel))
             if candidate.fits(capacity):
                 best.append(candidate)
             else:
                 too_large.append(parallel)
-    gave_up = weighed == most and len(best) < count
+    gave_up = weighed >= most and len(best) < count
     return Found(best, len(legal), len(legal) - len(hopeful), weighed, gave_up)
 
 
@@ -259,12 +270,12 @@ def less(parallel: ParallelConfig, *, micro: int) -> Iterator[ParallelConfig]:
     trials += [{"recompute": "selective", "micro_batch": 1}, {"recompute": "full"}]
     trials += [{"recompute": "full", "micro_batch": 1}, {"recompute": "full", "micro_batch": 1, "zero": 3}]
     trials += [{"recompute": "full", "micro_batch": 1, "zero": 3, "offload": True}]
-    before = {"recompute": parallel.recompute, "micro_batch": parallel.micro_batch}
+    seen = [parallel.model_dump()]
     for keys in trials:
         weaker = _MEMORY.index(str(keys.get("recompute", parallel.recompute))) > _MEMORY.index(parallel.recompute)
-        same = all(before.get(key, getattr(parallel, key)) == value for key, value in keys.items())
-        if weaker or same or (keys.get("micro_batch") == 1 == micro and len(keys) == 1):
-            continue
+        if micro == 1:
+            keys.pop("micro_batch", None)
         made = _made({**parallel.model_dump(), **keys})
-        if made is not None:
+        if made is not None and not weaker and made.model_dump() not in seen:
+            seen.append(made.model_dump())
             yield made

@@ -1,0 +1,189 @@
+import json
+
+import jaxtyping
+import pytest
+from llamero.plan.memory import Memory
+
+from llamero.cli import main
+from llamero.core.errors import LlameroError
+from llamero.core.hardware import ACCELERATORS
+from llamero.plan import run
+from llamero.plan.cluster import Cluster
+from llamero.plan.data import Said
+from llamero.plan.run import plan
+from llamero.plan.search import rough_bytes
+from llamero.plan.time import Work
+from llamero.recipe.load import load
+
+RECIPE = """
+name: small
+base:
+  shape: {hidden: 64, layers: 4, heads: 4, kv_heads: 2, mlp: 128, context: 512, tied: false}
+  vocabulary: {size: 512, mixture: chat}
+template: chatml
+data:
+  mixtures:
+    chat: {sources: [{source: a, path: a.jsonl}]}
+train:
+  - {name: first, mixture: chat, sequence: 64, batch: 16, steps: 100, precision: bfloat16}
+  - {name: second, mixture: chat, sequence: 64, batch: 16, epochs: 2, precision: bfloat16}
+parallel: {gpus: 4, tensor: 2, pipeline: 2, recompute: selective, micro_batch: 2}
+"""
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A count in place of the weighing, which takes seconds."""
+
+    def memory(config, stage, parallel):
+        whole = rough_bytes(Work(config, stage.sequence), parallel, stage.batch)
+        return [Memory(activations=round(whole / (1 + place))) for place in range(parallel.pipeline)]
+
+    monkeypatch.setattr(run, "memory", memory)
+
+
+@pytest.fixture
+def unchecked():
+    """Under sequence parallelism a residual has fewer tokens than its rotation: the shapes are not checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def planned(path, *overrides, device="a100-80gb", gpus=4, **keys):
+    cluster = Cluster(ACCELERATORS[device], gpus)
+    return plan(load(path, overrides), root=path.parent, out=path.parent / "run", cluster=cluster, **keys)
+
+
+def test_every_stage_is_planned(recipe, counted):
+    made = planned(recipe, best=2, said={"second": Said(16_000)})
+    first, second = made.stages
+    assert (first.parameters, first.trained) == (213_568, 213_568)  # by hand
+    assert first.own is not None
+    assert first.own.fits
+    assert not first.ways
+    assert len(first.own.memory) == 2
+    assert (first.data.steps, second.data.steps) == (100, 32)
+    figures = first.own.figures
+    assert figures.step_seconds == first.own.parts.total
+    assert figures.tokens_per_second_per_gpu == pytest.approx(16 * 64 / figures.step_seconds / 4)
+    assert figures.gpu_hours == pytest.approx(4 * 100 * figures.step_seconds / 3600)
+    assert 0 < figures.mfu < 1
+    for stage in made.stages:
+        assert len(stage.best) == 2
+        assert all(one.fits for one in stage.best)
+    json.dumps(made.to_json())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_recipes_layout_is_weighed(recipe):
+    own = planned(recipe, best=0).stages[0].own
+    assert own is not None
+    assert own.fits
+    first, second = own.memory
+    assert first.weights == 4 * (512 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 2 * 2 * 2 * 64) / 2
+    assert first.activations > second.activations  # it holds two micro-batches, the other one
+    assert second.logits > first.logits == 0
+
+
+def test_steps_that_are_not_known_leave_hours_unknown(recipe, counted):
+    second = planned(recipe, best=1).stages[1]
+    assert second.own is not None
+    assert second.own.figures.hours is None
+    assert second.own.figures.step_seconds > 0
+    assert second.best[0].figures.gpu_hours is None
+
+
+def test_what_does_not_fit_says_what_would(recipe, counted):
+    """A layout of rows so long that only their recomputation leaves room."""
+    small = planned(recipe, "parallel.recompute=none", "parallel.micro_batch=8", best=0).stages[0].own
+    less = planned(recipe, "parallel.recompute=full", "parallel.micro_batch=1", best=0).stages[0].own
+    assert small is not None
+    assert less is not None
+    most, least = (max(one.total for one in own.memory) for own in (small, less))
+    assert least < most
+    device = ACCELERATORS["a100-80gb"]
+    between = type(device)(**{**vars(device), "memory_gib": (most + least) / 2 / 0.92 / 2**30})
+    parsed = load(recipe, ["parallel.recompute=none", "parallel.micro_batch=8"])
+    made = plan(parsed, root=recipe.parent, out=recipe.parent / "run", cluster=Cluster(between, 4), best=0)
+    own, ways = made.stages[0].own, made.stages[0].ways
+    assert own is not None
+    assert not own.fits
+    assert len(ways) == 1
+    assert ways[0].fits
+    assert (ways[0].parallel.tensor, ways[0].parallel.pipeline) == (2, 2)
+
+
+def test_a_layout_that_cannot_be_is_told_and_others_are_found(recipe, counted):
+    stage = planned(recipe, gpus=6, best=1).stages[0]
+    assert stage.own is None
+    assert "does not divide `gpus: 6`" in stage.refused
+    assert stage.best[0].parallel.gpus == 6
+    heads = planned(recipe, "parallel={gpus: 4, tensor: 4}", best=0).stages[0]
+    assert "key/value heads" in heads.refused
+
+
+def test_more_gpus_than_the_recipe_has_are_more_shards(recipe, counted):
+    own = planned(recipe, gpus=8, best=0).stages[0].own
+    assert own is not None
+    assert (own.parallel.tensor, own.parallel.pipeline, own.parallel.sharded) == (2, 2, 2)
+
+
+def test_a_device_that_lacks_the_precision_is_refused(recipe):
+    with pytest.raises(LlameroError, match="V100 SXM2 32 GB does not compute in bf16"):
+        planned(recipe, device="v100-32gb")
+
+
+def test_a_base_that_nobody_has_is_refused_with_the_shapes_that_are_known(recipe):
+    keys = "base=nowhere/nothing-70b"
+    with pytest.raises(LlameroError) as error:
+        planned(recipe, keys)
+    assert "llama-2-70b" in str(error.value.fix)
+
+
+def test_a_base_that_is_not_at_hand_has_a_published_shape(recipe):
+    made = planned(recipe, "base=./Llama-2-7b-hf", "train=[]")
+    assert "llama-2-7b" in made.known_from
+    assert made.config.hidden_size == 4096
+
+
+def test_the_command_prints_what_a_terminal_of_80_columns_shows(recipe, counted, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(recipe), "--on", "h100", "--best", "2", "--tokens", "second=16000"])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for part in ("4 × H100 SXM", "first", "second", "fits", "tokens/s/GPU", "GPU-hours", "the best layouts", "1 of 2"):
+        assert part in said
+
+
+def test_the_command_prints_json(recipe, counted, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", str(recipe), "--on", "h100", "--best", "1", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    first, second = told["stages"]
+    assert told["cluster"]["accelerator"] == "H100 SXM"
+    assert first["own"]["fits"]
+    assert first["own"]["memory_bytes"][0]["total"] > 0
+    assert second["own"]["hours"] is None
+    assert second["data"]["notes"]
+    assert first["best"][0]["seconds"]["products"] > 0
+
+
+def test_mistakes_are_told(recipe, capsys):
+    for arguments, problem in (
+        (["--on", "h1000"], "no accelerator `h1000` is known"),
+        (["--on", "h100", "--tokens", "third=5"], "there is no stage `third`"),
+        (["--on", "h100", "--gpus", "-1"], "gpus is -1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", str(recipe), *arguments])
+        assert problem in capsys.readouterr().err
