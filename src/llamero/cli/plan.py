@@ -17,7 +17,6 @@ from llamero.core.errors import LlameroError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llamero.core.hardware import Accelerator
     from llamero.plan.memory import Memory
     from llamero.plan.run import Plan, Planned, StagePlan
 
@@ -66,13 +65,16 @@ def plan(
     if best < 0:
         raise LlameroError(f"--best is {best}", fix="0 or more")
     parsed = load(recipe, set_)
-    device = _here() if on is None else hardware.accelerator(on)
+    device = None if on is None else hardware.accelerator(on)
     import_uninterrupted("llamero.plan.run")
     from llamero.plan.cluster import Cluster
     from llamero.plan.data import sayings
+    from llamero.plan.run import accelerator_here
     from llamero.plan.run import plan as make
 
-    cluster = Cluster(device, gpus or parsed.parallel.gpus, per_node, network or 0.0)
+    cluster = Cluster(
+        device or accelerator_here(), parsed.parallel.gpus if gpus is None else gpus, per_node, network or 0.0
+    )
     with Bars():
         made = make(
             parsed,
@@ -86,25 +88,6 @@ def plan(
         out.print_json(js.dumps(made.to_json()))
     else:
         _say(made)
-
-
-def _here() -> Accelerator:
-    """Return the GPU of this machine.
-
-    Raises:
-        LlameroError: If there is none that is known.
-    """
-    import torch
-
-    names = ", ".join(hardware.ACCELERATORS)
-    if not torch.cuda.is_available():
-        raise LlameroError("which GPU? There is none here", fix=f"say --on with one of: {names}")
-    found = hardware.of_device(torch.cuda.get_device_name())
-    if found is None:
-        raise LlameroError(
-            f"`{torch.cuda.get_device_name()}` is not in the table", fix=f"say --on with one of: {names}"
-        )
-    return found
 
 
 def _say(made: Plan) -> None:

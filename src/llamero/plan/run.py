@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from llamero.core.errors import LlameroError
+from llamero.core.hardware import ACCELERATORS, Accelerator, of_device
 from llamero.engine.stage import DropoutConfig, StageConfig
 from llamero.model.config import LlamaConfig
 from llamero.parallel.config import ParallelConfig
@@ -125,6 +127,21 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
         "seconds": asdict(planned.parts),
         **asdict(planned.figures),
     }
+
+
+def accelerator_here() -> Accelerator:
+    """Return the device of this machine.
+
+    Raises:
+        LlameroError: If there is none that is known.
+    """
+    fix = f"say --on with one of: {', '.join(ACCELERATORS)}"
+    if not torch.cuda.is_available():
+        raise LlameroError("for which GPU? There is none here", fix=fix)
+    found = of_device(torch.cuda.get_device_name())
+    if found is None:
+        raise LlameroError(f"`{torch.cuda.get_device_name()}` is not in the table", fix=fix)
+    return found
 
 
 def plan(

@@ -2,7 +2,6 @@ import json
 
 import jaxtyping
 import pytest
-from llamero.plan.memory import Memory
 
 from llamero.cli import main
 from llamero.core.errors import LlameroError
@@ -10,6 +9,7 @@ from llamero.core.hardware import ACCELERATORS
 from llamero.plan import run
 from llamero.plan.cluster import Cluster
 from llamero.plan.data import Said
+from llamero.plan.memory import Memory
 from llamero.plan.run import plan
 from llamero.plan.search import rough_bytes
 from llamero.plan.time import Work

@@ -1,13 +1,13 @@
 from dataclasses import replace
 
 import pytest
-from llamero.plan.memory import Memory
 
 from llamero.core.hardware import ACCELERATORS
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.layout import refuse_impossible
 from llamero.plan.cluster import Cluster
 from llamero.plan.known import config_of
+from llamero.plan.memory import Memory
 from llamero.plan.search import ROOM, brief, less, possible, rough_bytes, search
 from llamero.plan.time import Layout, Work, step_time
 
