@@ -16,7 +16,8 @@ from llamero.model import nf4, rtn
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     """Return a plain linear layer without drawing random weights: they are loaded, or drawn by `initialize`."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    # left to itself `skip_init` takes storage on the CPU, even where the meta device was asked for
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
     assert isinstance(layer, nn.Linear)
     return layer
 

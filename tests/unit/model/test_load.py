@@ -9,7 +9,7 @@ from llamero.model import rtn
 from llamero.model.config import LlamaConfig
 from llamero.model.linear import GptqLinear
 from llamero.model.llama import Llama, initialize
-from llamero.model.load import load_block, load_model, save_model, write_config
+from llamero.model.load import empty_model, load_block, load_model, save_model, write_config
 from llamero.model.rope import Default
 
 SHAPE = LlamaConfig(
@@ -131,3 +131,7 @@ def test_one_layer_can_be_had_alone(plain, tmp_path):
     expected = plain.model.layers[0].state_dict()
     assert {name: p.dtype for name, p in block.named_parameters()} == dict.fromkeys(expected, torch.bfloat16)
     assert torch.equal(block.mlp.up_proj.weight, expected["mlp.up_proj.weight"].bfloat16())
+
+
+def test_an_empty_model_has_no_storage(plain):
+    assert {parameter.device.type for parameter in empty_model(plain.config).parameters()} == {"meta"}
