@@ -1,0 +1,155 @@
+"""What a release needs to run: bytes of its weights in each form, of keys and values, and how many devices hold them.
+
+Weights are those of the model on the meta device, in the layout of the files (`checkpoint.gptq`; AWQ's, of Lin et al.
+2023, arXiv:2306.00978, as AutoAWQ writes it). Which layers are packed is as in published files: the linear
+ones of the decoder layers; embedding, head and norms stay in 16 bits.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from math import ceil
+
+import torch
+from torch import nn
+
+from llamero.checkpoint import gptq
+from llamero.checkpoint.hf import Spec
+from llamero.core.errors import LlameroError
+from llamero.core.hardware import ACCELERATORS, Accelerator
+from llamero.infer.kv import PAGE
+from llamero.model.config import LlamaConfig
+from llamero.model.llama import Llama
+from llamero.plan.memory import Memory
+from llamero.quantize import variants
+
+PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+RUNTIME = 1 << 30
+"""Bytes that a process has on each device before it has a model: CUDA's context, its kernels, workspaces of its
+libraries. 0.5 to 1 GiB on an A100 or H100."""
+
+USABLE = 0.9
+"""Share of a device's memory that is given to a model, as serving engines do; the rest is for what is not foreseen."""
+
+PREFILL = 2048
+"""Tokens of prompts that go through the model at a time."""
+
+_AWQ = re.compile(r"awq-(?P<bits>4)bit-(?P<group>\d+)g")
+
+
+def weights(config: LlamaConfig, form: str) -> int:
+    """Return the bytes of a model's tensors in a form.
+
+    Args:
+        config: The model.
+        form: `float16`, `bfloat16`, `float32`, or the name of a variant, such as `gptq-4bit-128g-actorder_True` or
+            `awq-4bit-128g`.
+
+    Raises:
+        LlameroError: If the form is unknown, or does not divide a layer.
+    """
+    with torch.device("meta"):
+        model = Llama(replace(config, num_layers=1))  # every layer is like the first
+    (block,) = model.model.layers
+    packed, size = _layout(form), PLAIN.get(form, torch.float16).itemsize
+    ends = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in block.parameters())
+    of_block = 0
+    for name, module in block.named_modules():
+        if packed is not None and isinstance(module, nn.Linear):
+            of_block += sum(map(_nbytes, packed(name, module.in_features, module.out_features).values()))
+        else:
+            of_block += size * sum(p.numel() for p in module.parameters(recurse=False))
+    return size * ends + config.num_layers * of_block
+
+
+def _nbytes(spec: Spec) -> int:
+    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
+
+
+def _layout(form: str) -> Callable[[str, int, int], Mapping[str, Spec]] | None:
+    """Return what gives the tensors of a packed layer, by its name, inputs and outputs; nothing if none is packed."""
+    if form in PLAIN:
+        return None
+    if found := _AWQ.fullmatch(form):
+        return lambda name, inputs, outputs: _awq(name, inputs, outputs, bits=4, group=int(found["group"]))
+    if form.startswith("awq"):
+        raise LlameroError(f"unknown variant `{form}`", fix="awq-4bit-128g")
+    if form.startswith("gguf"):
+        raise LlameroError(f"what `{form}` needs is not foretold", fix="the size of its file, and the cache beside it")
+    variant = variants.parse(form)
+    return lambda name, inputs, outputs: gptq.specs(
+        inputs, outputs, bits=variant.bits, groups=_groups(name, inputs, variant.group_size)
+    )
+
+
+def _awq(name: str, inputs: int, outputs: int, *, bits: int, group: int) -> dict[str, Spec]:
+    groups, words = _groups(name, inputs, group), outputs * bits // 32
+    return {
+        "qweight": Spec((inputs, words), torch.int32),
+        "qzeros": Spec((groups, words), torch.int32),
+        "scales": Spec((groups, outputs), torch.float16),
+    }
+
+
+def _groups(name: str, inputs: int, group: int) -> int:
+    if group == -1:
+        return 1
+    if inputs % group:
+        problem = f"groups of {group} do not divide the {inputs} inputs of `layers.{name}`"
+        raise LlameroError(problem, fix="choose another variant")
+    return inputs // group
+
+
+def serving(config: LlamaConfig, form: str, *, context: int, sequences: int = 1, devices: int = 1) -> Memory:
+    """Return what each of some devices needs that share a model by tensor parallelism.
+
+    Args:
+        config: The model.
+        form: Of its weights: see `weights`.
+        context: Tokens of a sequence.
+        sequences: How many at a time.
+        devices: That share it.
+    """
+    size = PLAIN.get(form, torch.float16).itemsize
+    pages = sequences * ceil(context / PAGE)
+    kv = pages * PAGE * 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    passing = min(PREFILL, context * sequences) * (2 * config.intermediate_size + 4 * config.hidden_size) * size
+    logits = sequences * config.vocab_size * torch.float32.itemsize
+    shared = min(devices, config.num_kv_heads)  # with more devices, some have the same heads
+    return Memory(
+        weights=ceil(weights(config, form) / devices),
+        kv=ceil(kv / shared),
+        logits=logits,
+        other=RUNTIME + ceil(passing / devices),
+    )
+
+
+def least(
+    config: LlamaConfig,
+    form: str,
+    *,
+    context: int,
+    sequences: int = 1,
+    on: Iterable[Accelerator] = tuple(ACCELERATORS.values()),
+) -> dict[str, int | None]:
+    """Return the least number of devices of each kind that hold a model, by the kind's name.
+
+    Args:
+        config: The model.
+        form: Of its weights: see `weights`.
+        context: Tokens of a sequence.
+        sequences: How many at a time.
+        on: Kinds of devices.
+
+    Returns:
+        Numbers that divide the heads, up to 64; nothing where none is enough.
+    """
+    fitting = [number for number in range(1, min(64, config.num_heads) + 1) if config.num_heads % number == 0]
+    needs = {
+        number: serving(config, form, context=context, sequences=sequences, devices=number).total for number in fitting
+    }
+    return {
+        kind.name: next((n for n, need in needs.items() if need <= USABLE * kind.memory_gib * 2**30), None)
+        for kind in on
+    }
