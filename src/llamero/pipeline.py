@@ -241,7 +241,7 @@ class Plan:
                 beginning = recipe.base.shape if isinstance(recipe.base, ScratchConfig) else self.path("base")
             build = builds[identity.stage]
             build.summary = run(
-                stage,
+                stage.rooted(self.root),
                 start=beginning,
                 data=self.data[stage.mixture].path(self.out),
                 tokenizer=self.tokenizer.path(self.out),

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
-    """Write a text file that no reader ever sees half of.
+def write_atomically(path: Path, text: str | bytes, *, shared: bool = False) -> None:
+    """Write a file that no reader ever sees half of.
 
     Args:
         path: Where.
-        text: What.
+        text: What; text is written as UTF-8.
         shared: Other processes may write the same file at the same time. Each then writes beside it under a name
             of its own, which a kill leaves there for good; else the next writing takes the same name again.
     """
     beside = path.with_name(f".{path.name}.{os.getpid() if shared else 'new'}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -6,8 +6,8 @@ that accumulating k micro-batches is the same as one batch k times as large.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from llamero.core.errors import LlameroError
 from llamero.core.interrupt import Deferred, Interrupted
 from llamero.engine import resume
 from llamero.engine.batches import Batch, Batches
-from llamero.engine.metrics import Metrics, read_lines
+from llamero.engine.metrics import PROBES, Metrics, Silent, read_lines
 from llamero.engine.noise import noise_of
 from llamero.engine.optimizer import adamw, load_moments, save_moments
 from llamero.engine.phases import PHASES, Phases, largest, memory_of
+from llamero.engine.probes import Probe, Prober
 from llamero.engine.saving import Saver, best_of, refuse_small_disk
 from llamero.engine.schedule import learning_rate
 from llamero.engine.stage import StageConfig
@@ -62,6 +63,8 @@ def train(  # noqa: PLR0913  (all that a stage is)
     start: Path | None = None,
     weights: Weights | None = None,
     world: World | None = None,
+    probe: Probe | None = None,
+    saved: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train a model in place, from the last checkpoint in `directory` if there is one.
 
@@ -78,6 +81,8 @@ def train(  # noqa: PLR0913  (all that a stage is)
         start: Directory that the model comes from, for `optimizer: keep`.
         weights: What a model on the meta device is filled with; a checkpoint overrides what is trained, unread.
         world: The processes, where they have met already.
+        probe: What is asked on the way.
+        saved: Told on the first process when a checkpoint is begun, for what may be looked at then.
 
     Raises:
         LlameroError: If the loss is not finite; the last checkpoint is kept.
@@ -96,7 +101,14 @@ def train(  # noqa: PLR0913  (all that a stage is)
     saver = Saver(checkpoints, stage, weights=spread.named(), optimizer=optimizer, world=world)
     run = _Run(spread, stage, batches, seed)
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
-    with _metrics(directory, first, world) as metrics, bar, Deferred() as stop, world.missing_named(), saver:
+    with (
+        _lines(directory / "metrics.jsonl", first, world) as metrics,
+        _prober(probe, directory, first, run) as prober,
+        bar,
+        Deferred() as stop,
+        world.missing_named(),
+        saver,
+    ):
         for step in range(first, batches.steps):
             world.beat(step)
             line = run.step(step, optimizer)
@@ -105,6 +117,9 @@ def train(  # noqa: PLR0913  (all that a stage is)
             if validation is not None and (last or (stage.eval_every and done % stage.eval_every == 0)):
                 with run.phases("validation"):
                     line |= run.validate(validation, step)
+            if prober is not None and prober.due(done, last=last):
+                with run.phases("probe"):
+                    line |= prober.ask(done)
             with run.phases("save"):
                 saver.look()
             stopped = run.compare(line, stop.asked)
@@ -114,6 +129,8 @@ def train(  # noqa: PLR0913  (all that a stage is)
                 with run.phases("save"):
                     metrics.sync()  # a checkpoint must not outlive the lines before it
                     saver.save(done, line.get("validation_loss"))
+                    if world.speaks:
+                        saved()
             if stopped or (last and world.any(stop.asked)):
                 saver.wait()
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
@@ -166,18 +183,17 @@ def _begin(
     return first
 
 
-class _Silent:
-    """Metrics of a process that is not the first."""
-
-    def write(self, values: Mapping[str, float | int]) -> None:
-        """Write nothing."""
-
-    def sync(self) -> None:
-        """Have nothing to sync."""
+def _lines(path: Path, first: int, world: World) -> AbstractContextManager[Metrics | Silent]:
+    return Metrics(path, step=first) if world.speaks else nullcontext(Silent())
 
 
-def _metrics(directory: Path, first: int, world: World) -> AbstractContextManager[Metrics | _Silent]:
-    return Metrics(directory / "metrics.jsonl", step=first) if world.speaks else nullcontext(_Silent())
+@contextmanager
+def _prober(probe: Probe | None, directory: Path, first: int, run: "_Run") -> Iterator[Prober | None]:
+    if probe is None:
+        yield None
+        return
+    with _lines(directory / PROBES, first, run.world) as file:
+        yield Prober(probe, run.stage, run.spread, sweep=run.nll, file=file)
 
 
 def _note(line: Mapping[str, float]) -> str:
@@ -358,26 +374,34 @@ class _Run:
         Raises:
             LlameroError: If the loss is not finite.
         """
-        names = validation.sources
-        at_once = self.spread.passes.rows * self.spread.passes.count * self.world.parallel.data
-        if self.world.size == 1:
-            at_once = self.spread.passes.rows
-        total: list[float] = []
-        for start in range(0, len(validation), at_once):
-            rows = range(start, min(start + at_once, len(validation)))
-            parts = self._share(validation, rows)
-            tally = self._blank(validation, kinds=2)
-            own = self.spread.losses([_plain(part) for part in parts], backward=False, tally=tally)
-            known = self._known(parts, validation).flat(self._counts)
-            more = self.world.sum([*torch.stack(self._once(own, tally)).tolist(), *known])
-            total = [a + b for a, b in zip(total, more, strict=True)] if total else more
-            if not math.isfinite(total[0]):
-                raise self._not_finite(f"validation loss after step {step + 1} is {total[0]}", rows, parts)
-        size = max(1, len(names))
+        total = self._sweep(validation, f"validation loss after step {step + 1}", kinds=2)
+        size = max(1, len(validation.sources))
         nll, right, said = total[1 : 1 + size], total[1 + size : 1 + 2 * size], _Known.of(total[1 + 2 * size :])
         line = {"validation_loss": total[0] / said.weight, "validation_accuracy": sum(right) / said.supervised}
         line |= _each("validation_loss", validation, nll, said.weights)
         return line | _each("validation_accuracy", validation, right, said.targets)
+
+    def nll(self, batches: Batches) -> list[float]:
+        """Return Σ weight·nll of each source over all rows of batches."""
+        return self._sweep(batches, "loss of a probe", kinds=1)[1 : 1 + max(1, len(batches.sources))]
+
+    def _sweep(self, batches: Batches, what: str, *, kinds: int) -> list[float]:
+        """Return, summed over all rows: the loss, the tally, and what the rows have."""
+        at_once = self.spread.passes.rows * self.spread.passes.count * self.world.parallel.data
+        if self.world.size == 1:
+            at_once = self.spread.passes.rows
+        total: list[float] = []
+        for start in range(0, len(batches), at_once):
+            rows = range(start, min(start + at_once, len(batches)))
+            parts = self._share(batches, rows)
+            tally = self._blank(batches, kinds=kinds)
+            own = self.spread.losses([_plain(part) for part in parts], backward=False, tally=tally)
+            known = self._known(parts, batches).flat(self._counts)
+            more = self.world.sum([*torch.stack(self._once(own, tally)).tolist(), *known])
+            total = [a + b for a, b in zip(total, more, strict=True)] if total else more
+            if not math.isfinite(total[0]):
+                raise self._not_finite(f"{what} is {total[0]}", rows, parts)
+        return total
 
 
 NOTHING = torch.zeros(0, dtype=torch.int64)

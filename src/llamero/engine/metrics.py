@@ -13,8 +13,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypedDict
 
 from llamero.core import files
+
+PROBES = "probes.jsonl"
+"""File of the probes beside metrics.jsonl: a line each."""
+
+
+class Sample(TypedDict):
+    """What a model said to a prompt."""
+
+    prompt: str
+    text: str
 
 
 class Metrics:
@@ -26,12 +37,12 @@ class Metrics:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = [line for line in _read(path) if line["step"] <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
-    def write(self, values: Mapping[str, float | int]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         """Append one line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
@@ -56,9 +67,28 @@ def decided(line: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in line.items() if not MEASURED.fullmatch(key)}
 
 
+class Silent:
+    """Metrics of a process that is not the first."""
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def sync(self) -> None:
+        """Have nothing to sync."""
+
+
 def read_lines(path: Path) -> list[dict[str, float]]:
     """Return the lines of a metrics file; a last line that a kill cut off is left out."""
+    return _read(path)
+
+
+def read_probes(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of probes: `step`, numbers, and the `samples`."""
+    return _read(path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     return [json.loads(line) for line in whole]

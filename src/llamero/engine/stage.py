@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llamero.core.config import Strict
 from llamero.model.adapter_config import AdapterConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Overlong = Literal["error", "drop", "truncate", "split"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -47,6 +50,31 @@ class DropoutConfig(Strict):
             raise ValueError("`lima` shapes `hidden`, which is 0")
         if self.lima and self.embedding:
             raise ValueError(f"with `lima` embeddings are not dropped, but `embedding` is {self.embedding}")
+        return self
+
+
+class ProbeConfig(Strict):
+    """Small questions between training steps, to watch a run by; they change nothing of what is trained."""
+
+    every: int = Field(gt=0)
+    """Steps between probes; the last step has one too."""
+    task: Literal["arc_challenge", "toy_world"] | None = None
+    """Whose multiple-choice questions are asked, without examples."""
+    data: str | None = None
+    """Directory with the benchmark files, relative to the recipe (layout in docs/evaluate.md); `toy_world` has none."""
+    questions: int = Field(default=64, gt=0)
+    """How many, the first ones."""
+    prompts: tuple[str, ...] = ()
+    """What the model is asked to go on from; the answers stand in probes.jsonl."""
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Longest answer to a prompt."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if self.task is None and not self.prompts:
+            raise ValueError("give `task` or `prompts`")
+        if (self.task == "arc_challenge") != (self.data is not None):
+            raise ValueError("`data` is where the files of `arc_challenge` are: give both or neither")
         return self
 
 
@@ -120,6 +148,8 @@ class StageConfig(Strict):
 
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations on the mixture's validation split; 0 validates at the end only."""
+    probe: ProbeConfig | None = None
+    """Questions that are asked while the stage trains."""
     save_every: int = Field(default=200, gt=0)
     """Steps between checkpoints to resume from."""
     keep: int = Field(default=2, ge=1)
@@ -203,10 +233,17 @@ class StageConfig(Strict):
         """Return what happens to over-long samples."""
         return self.overlong or ("split" if self.objective == "lm" else "error")
 
+    def rooted(self, directory: Path) -> Self:
+        """Return it with paths that start from a directory."""
+        if self.probe is None or self.probe.data is None:
+            return self
+        probe = self.probe.model_copy(update={"data": str(directory / self.probe.data)})
+        return self.model_copy(update={"probe": probe})
+
     def decides(self) -> dict[str, object]:
         """Return what decides the trained weights: everything but how often we look and save, and what is kept.
 
         How often we look decides them where the best of what was seen is exported.
         """
         looking = set() if self.export_best else {"eval_every", "export_best"}
-        return self.model_dump(mode="json", exclude={"name", "save_every", "keep", "keep_best"} | looking)
+        return self.model_dump(mode="json", exclude={"name", "save_every", "keep", "keep_best", "probe"} | looking)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.corpus import benchmarks
-from llamero.evaluate import choices
+from llamero.infer import choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -14,17 +14,15 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import benchmarks, toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import choices, h4
+from llamero.evaluate import h4
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
-from llamero.infer import score
+from llamero.infer import choices, score
 from llamero.infer.chat import Chat
 from llamero.infer.context import check_tokenizer
 from llamero.infer.sampler import Sampling
 from llamero.infer.score import Window
 from llamero.model.llama import Llama
 from llamero.model.load import load_model
-from llamero.text.messages import Message
-from llamero.text.render import render
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -84,7 +82,11 @@ def run(
 
 def _toy_world(task: ToyWorldTask, subject: Subject) -> list[Result]:
     questions = toy_world.questions(toy_world.world(task.seed), per_category=task.per_category)
-    requests = [_answer(subject, question.question, option) for question in questions for option in question.options]
+    requests = [
+        choices.chat_answer(question.question, option, subject.template, subject.tokenizer)
+        for question in questions
+        for option in question.options
+    ]
     scored = [s.log_likelihood for s in score.log_likelihoods(subject.model, requests)]
     items = [choices.Item(q.options, q.answer, q.category) for q in questions]
     per_question = [scored[i * 4 : i * 4 + 4] for i in range(len(questions))]
@@ -93,15 +95,6 @@ def _toy_world(task: ToyWorldTask, subject: Subject) -> list[Result]:
     metrics |= {f"accuracy/{category}": mean.value for category, mean in measured.by_category.items()}
     protocol = f"{len(questions)} held-out questions, summed log-likelihood of 4 answers, template {subject.template}"
     return [subject.result("toy_world", metrics, protocol, seed=task.seed)]
-
-
-def _answer(subject: Subject, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the ids of a question up to the answer, and those of the answer."""
-    asked = [Message("user", question)]
-    prompt = render(asked, subject.template, subject.tokenizer, add_generation_prompt=True).ids
-    whole = render([*asked, Message("assistant", answer)], subject.template, subject.tokenizer)
-    learned = [i for i, learned in enumerate(whole.learned) if learned]
-    return list(prompt), list(whole.ids[len(prompt) : learned[-1] + 1])
 
 
 def _error(metric: str, value: float | None) -> dict[str, float]:

@@ -16,7 +16,7 @@ from llamero.publish import markdown
 from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
 from llamero.publish.provided import VLLM, provided_files, readers
 from llamero.publish.release import BASE, SCRATCH
-from llamero.publish.training import ancestry_table, mixtures, packing_notes, stage_table
+from llamero.publish.training import ancestry_table, mixtures, packing_notes, stage_table, training_notes
 from llamero.text.messages import Message
 from llamero.text.render import render, resolve
 from llamero.text.tokenizer import load_tokenizer
@@ -189,6 +189,7 @@ class Cards:
             **self._common(measured),
             title=self.inputs.name,
             stage_table=stage_table(self.inputs.trained),
+            notes=training_notes(self.inputs.trained),
             packing=packing_notes(self.inputs.trained),
             curves=[(stage.name, self.curves[stage.name]) for stage in self.inputs.trained],
             mixtures=mixtures(self.inputs.data),

@@ -6,8 +6,8 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from llamero.core import files
+from llamero.engine.curves import loss_curve
 from llamero.publish.card import Cards, read_prompt, read_shape
-from llamero.publish.curves import loss_curve
 from llamero.publish.place import CHECKSUMS, place_model, write_checksums
 from llamero.publish.release import ReleaseInputs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llamero.engine.stage import Learn
 from llamero.publish.markdown import NOTHING, count, fence, plural, table
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from llamero.core.artifact import Artifact
     from llamero.engine.stage import StageConfig
+    from llamero.model.adapter_config import AdapterConfig
     from llamero.publish.release import ReleaseInputs, TrainedStage
 
 DIGITS = 12
@@ -69,6 +71,51 @@ def _optimizer(config: StageConfig) -> str:
     first, second = config.betas
     clip = f", clip {config.clip:g}" if config.clip else ""
     return f"AdamW, β {first:g}/{second:g}, ε {config.eps:g}, weight decay {config.weight_decay:g}{clip}"
+
+
+def training_notes(stages: Sequence[TrainedStage]) -> list[str]:
+    """Return, for each stage, what the table of stages has no column for."""
+    return [f"**{stage.name}**: {'; '.join(_details(stage))}." for stage in stages]
+
+
+def _details(stage: TrainedStage) -> Iterator[str]:
+    config, said = stage.config, stage.artifact.summary
+    tokens = f"{count(round(said['tokens'] / said['steps']))} tokens a step"
+    mean = "" if said["tokens"] % said["steps"] == 0 else " on average"
+    yield f"{tokens}{mean}, {said['supervised_tokens'] / said['tokens']:.1%} of them supervised"
+    yield from _dropout(config)
+    if config.neftune:
+        yield f"noise on embeddings (NEFTune), α {config.neftune:g}"
+    if config.z_loss:
+        yield f"z-loss {config.z_loss:g}"
+    if config.objective == "sft" and config.learn != Learn():
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in config.learn.model_dump().items() if weight)
+        yield f"weights of the loss: {weights}"
+    if config.adapter is not None:
+        yield _adapter(config.adapter, said)
+    if (accuracy := said.get("validation_accuracy")) is not None:
+        yield f"{accuracy:.1%} of the supervised validation tokens are the likeliest"
+
+
+def _dropout(config: StageConfig) -> Iterator[str]:
+    dropout = config.dropout
+    if dropout.hidden:
+        rising = " rising linearly with depth (LIMA)" if dropout.lima else ""
+        yield f"dropout {dropout.hidden:g} on the residual branches{rising}"
+    embedding = 0.0 if dropout.lima else dropout.hidden if dropout.embedding is None else dropout.embedding
+    if embedding:
+        yield f"dropout {embedding:g} on embeddings"
+    if dropout.attention:
+        yield f"dropout {dropout.attention:g} on attention probabilities"
+
+
+def _adapter(adapter: AdapterConfig, said: Mapping[str, Any]) -> str:
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    what = f"LoRA of rank {adapter.lora}, α {adapter.stated_alpha:g} on {targets}"
+    dropped = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
+    base = f", on a base in {adapter.base}" if adapter.base else ""
+    trained = f"{count(said['trained_parameters'])} of {count(said['parameters'])} parameters trained"
+    return f"{what}{dropped}{base} ({trained})"
 
 
 def packing_notes(stages: Sequence[TrainedStage]) -> list[str]:

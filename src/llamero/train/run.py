@@ -1,7 +1,9 @@
 """train: a model and a tokenized mixture in, a trained Hugging Face directory out."""
 
+import logging
 import math
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
 from llamero.engine import resume
 from llamero.engine.batches import Batches
+from llamero.engine.curves import loss_curve
 from llamero.engine.loop import autocast, train
 from llamero.engine.stage import StageConfig
 from llamero.model.adapter_files import describe, stream_adapter
@@ -41,6 +44,7 @@ from llamero.parallel.world import World
 from llamero.parallel.world import device as device_of
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 from llamero.train.config import ShapeConfig
+from llamero.train.probe import probe_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,6 +55,8 @@ TOKENIZER_FILES = (
 )
 SUMMARY = "training.json"
 """Says that a stage is trained and exported, and what the card says of it."""
+SECONDS_BETWEEN_PICTURES = 60.0
+log = logging.getLogger(__name__)
 
 
 def run(  # noqa: PLR0913  (all that a stage is made of)
@@ -107,12 +113,15 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         attach(model, stage.adapter, seed=seed, grown=new > 0)
         adapter = describe(model, stage.adapter, base=hub_name or str(start))
     trained = sum(parameter.numel() for parameter in trainable(model))
+    probe = probe_of(stage, model, vocabulary)
+    picture = _Picture(stage, out)
 
     def export(spread: Spread) -> None:
         if adapter is not None:
             save_spread_adapter(spread, adapter, out / "adapter")
         save_spread(spread, out, dtype=DTYPES[stage.export])
         if spread.world.speaks:
+            picture.draw()
             for place in (out, out / "adapter")[: 1 + (adapter is not None)]:
                 _copy_tokenizer(tokenizer, place)
         spread.world.barrier()
@@ -130,6 +139,8 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         export=export,
         weights=weights,
         world=world,
+        probe=probe,
+        saved=picture.draw_now_and_then,
     )
     summary = {
         "steps": outcome.steps,
@@ -165,6 +176,27 @@ def _finished(out: Path, decided: str, world: World) -> dict[str, Any] | None:
     if world.speaks:
         resume.remove(out / "checkpoints")
     return about["summary"]
+
+
+class _Picture:
+    """The curves of a stage, drawn where it trains."""
+
+    def __init__(self, stage: StageConfig, out: Path) -> None:
+        self._title, self._out, self._drawn = f"stage {stage.name}", out, time.monotonic()
+
+    def draw_now_and_then(self) -> None:
+        """Draw, once a minute at most; a full disk is said and ends nothing."""
+        if time.monotonic() - self._drawn < SECONDS_BETWEEN_PICTURES:
+            return
+        try:
+            self.draw()
+        except OSError as error:
+            log.warning("the curves of %s could not be drawn: %s", self._title, error)
+        self._drawn = time.monotonic()
+
+    def draw(self) -> None:
+        """Draw."""
+        loss_curve(self._out / "metrics.jsonl", self._out / "loss.png", self._title)
 
 
 def _copy_tokenizer(tokenizer: Path, out: Path) -> None:

@@ -35,7 +35,7 @@ STAGE = {
 }
 
 
-BY_SOURCE = ("loss/a", "loss/b", "validation_loss/a", "validation_loss/b")
+BY_SOURCE = ("loss/a", "loss/b", "validation_loss/a", "validation_loss/b", "probe_0", "probe_1", "probe_2", "probe_3")
 ACCURACY = ("validation_accuracy", "validation_accuracy/a", "validation_accuracy/b")
 
 
@@ -57,6 +57,8 @@ class Order(TypedDict, total=False):
     """What to train in place of the weights; `packed` is the form of the base."""
     directory: str
     """Of checkpoints and metrics, to go on with those of another order; one of its own where it is not given."""
+    probe: bool
+    """Whether something is asked on the way, which fetches weights once more."""
     stop: dict[str, int]
     """`rank` sends itself `signal` in the forward pass of `step`."""
 
@@ -112,24 +114,35 @@ def run(orders: list[Order], *, processes: int, where: Path) -> dict[str, Result
     }
 
 
-def differences(result: Result, expected: Result) -> dict[str, float]:
-    """Return the largest relative difference of losses, of gradient norms, and of weights (by tensor)."""
+def differences(result: Result, expected: Result, *, rounded: bool = False) -> dict[str, float]:
+    """Return the largest relative difference of losses, of gradient norms, and of weights (by tensor).
+
+    What is counted, and what the model says, must be the same; unless numbers are `rounded` to bfloat16.
+    """
     pairs = list(zip(result.lines, expected.lines, strict=True))
     found = {
-        key: max(abs(a[key] / b[key] - 1) for a, b in pairs if key in b)
+        key: max(
+            (abs(a[key] / b[key] - 1) for a, b in pairs if key in b and (key in a or key not in _PROBED)), default=0
+        )
         for key in ("loss", "grad_norm", "validation_loss", "tokens", "supervised_tokens", *BY_SOURCE)
     }
+    exactly = (*ACCURACY, *(["said"] if any("said" in a for a, _ in pairs) else []))
     for a, b in pairs:
-        assert {key for key in a if key.partition("/")[0] not in ("time", "slowest")} == {
-            key for key in b if key.partition("/")[0] not in ("time", "slowest")
-        }
-        assert [a.get(key) for key in ACCURACY] == [b.get(key) for key in ACCURACY]
+        assert _compared(a) | _PROBED == _compared(b) | _PROBED
+        assert rounded or [a.get(key) for key in exactly] == [b.get(key) for key in exactly]
     assert pairs[-1][0]["validation_accuracy"] > 0
     assert result.weights.keys() == expected.weights.keys()
     found["weights"] = max(
         float((result.weights[name] - value).norm() / value.norm()) for name, value in expected.weights.items()
     )
     return found
+
+
+_PROBED = {"said", "probe_0", "probe_1", "probe_2", "probe_3"}
+
+
+def _compared(line: dict[str, float]) -> set[str]:
+    return {key for key in line if key.partition("/")[0] not in ("time", "slowest")}
 
 
 def _data(vocabulary: int) -> tuple[list[Any], list[Any]]:
@@ -179,7 +192,7 @@ def work(order: Order, where: Path) -> None:
     from llamero.corpus.dataset import Sources
     from llamero.engine.batches import Batches
     from llamero.engine.loop import train
-    from llamero.engine.metrics import read_lines
+    from llamero.engine.metrics import read_lines, read_probes
     from llamero.engine.stage import StageConfig
     from llamero.parallel.config import ParallelConfig
     from llamero.parallel.spread import Spread
@@ -209,10 +222,15 @@ def work(order: Order, where: Path) -> None:
     if "stop" in order and int(os.environ["RANK"]) == order["stop"]["rank"]:
         _stop(model, **order["stop"])
     with _counted() as calls:
-        train(model, batches, stage, directory, parallel=parallel, validation=held, export=export)
+        probe = _probe(model) if order.get("probe", True) else None
+        train(model, batches, stage, directory, parallel=parallel, validation=held, export=export, probe=probe)
     if os.environ["RANK"] == "0":
         (where / "calls.json").write_text(json.dumps(calls))
-        (where / "lines.json").write_text(json.dumps(read_lines(directory / "metrics.jsonl")))
+        lines = read_lines(directory / "metrics.jsonl")
+        said = {probe["step"]: probe["samples"][0]["text"] for probe in read_probes(directory / "probes.jsonl")}
+        for line in lines:
+            line |= {"said": said[line["step"]]} if line["step"] in said else {}
+        (where / "lines.json").write_text(json.dumps(lines))
 
 
 @contextmanager
@@ -257,6 +275,27 @@ def _adapt(model: Any, config: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     for layer in updates(model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1, generator=generator)
+
+
+def _probe(model: Any) -> Any:
+    """Return two questions, and a prompt that the whole model answers."""
+    from llamero.engine.probes import Probe
+    from llamero.infer.generate import generate
+    from llamero.infer.sampler import Sampling
+    from llamero.train.probe import whole_model
+
+    def speak(spread: Any) -> list[Any]:
+        whole = whole_model(model, spread)
+        if whole is None:
+            return []
+        (said,) = generate(whole, [[1, 2, 3]], Sampling(temperature=0, max_new_tokens=5))
+        return [{"prompt": "1 2 3", "text": " ".join(map(str, said.ids))}]
+
+    def judge(found: Any) -> dict[str, float]:
+        return {f"probe_{n}": value for n, value in enumerate(value for values in found for value in values)}
+
+    questions = [[([3, 4, 5], [6]), ([3, 4, 5], [7, 8, 9])], [([10], [11, 12]), ([10, 11], [60])]]
+    return Probe(2, questions, judge, speak)
 
 
 def _stop(model: Any, *, rank: int, signal: int, step: int) -> None:

@@ -63,7 +63,8 @@ SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7, "dr
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    orders = [{"name": name, "parallel": parallel} for name, parallel in (TWO | MICRO).items()]
+    orders = [{"name": name, "parallel": parallel} for name, parallel in TWO.items()]
+    orders += [{"name": name, "parallel": parallel, "probe": False} for name, parallel in MICRO.items()]
     orders += [{"name": f"bfloat16 {name}", "stage": HALF, "parallel": MICRO[name]} for name in MICRO]
     orders.append({"name": "tied", "shape": {"tied": True}, "parallel": {"tensor": 2}})
     orders.append({"name": "tied-fsdp", "shape": {"tied": True}})
@@ -127,9 +128,9 @@ def test_zero_decides_how_often_weights_are_fetched_and_gradients_summed(two, fo
 
 @pytest.mark.parametrize("name", MICRO)
 def test_bfloat16_weights_that_are_fetched_are_as_good_as_those_that_are_there(two, expected, name):
-    here = layouts.differences(expected["bfloat16"], expected["alone"])
-    there = layouts.differences(two[f"bfloat16 {name}"], expected["alone"])
+    here = layouts.differences(expected["bfloat16"], expected["alone"], rounded=True)
+    there = layouts.differences(two[f"bfloat16 {name}"], expected["alone"], rounded=True)
     assert 1e-5 < here["loss"] < 1e-3  # it is bfloat16
     for what in ("loss", "validation_loss", "grad_norm", "weights"):
         assert there[what] < 5 * here[what] + 1e-4, what
-    assert layouts.differences(two[f"bfloat16 {name}"], expected["bfloat16"])["loss"] < 2e-3
+    assert layouts.differences(two[f"bfloat16 {name}"], expected["bfloat16"], rounded=True)["loss"] < 2e-3

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from llamero.core.errors import LlameroError
-from llamero.evaluate.choices import Item, Mean, accuracy, likeliest, mean, verdict
+from llamero.infer.choices import Item, Mean, accuracy, likeliest, mean, verdict
 
 
 def test_the_first_of_equals_is_likeliest():

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamero.core.errors import LlameroError
+from llamero.text.messages import Message
+from llamero.text.render import render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from llamero.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,19 @@ def mean(values: Sequence[float]) -> Mean:
         return Mean(value, None, 1)
     variance = math.fsum((x - value) ** 2 for x in values) / (n - 1)
     return Mean(value, math.sqrt(variance / n), n)
+
+
+def chat_answer(question: str, answer: str, template: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids of a conversation up to the answer, and those of the answer with its end."""
+    asked = [Message("user", question)]
+    prompt = render(asked, template, tokenizer, add_generation_prompt=True).ids
+    whole = render([*asked, Message("assistant", answer)], template, tokenizer)
+    learned = [i for i, learned in enumerate(whole.learned) if learned]
+    return list(prompt), list(whole.ids[len(prompt) : learned[-1] + 1])
+
+
+def plain_answer(context: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids of plain text and of the answer after a space, which goes with the answer."""
+    whole = tokenizer.encode(f"{context} {answer}")
+    length = len(tokenizer.encode(context))
+    return whole[:length], whole[length:]
