@@ -42,6 +42,8 @@ VALIDATION = 0.1
 CALIBRATION = 4096
 QUESTIONS = 2
 NEW_TOKENS = 16
+LONGEST_SAID = 120
+"""Characters of a value that a change shows."""
 SMALL = 256
 """Width up to which a base that is here is small enough to be kept."""
 
@@ -154,7 +156,8 @@ def _said(value: object) -> str:
         return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_said, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    said = f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
+    return said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}…"
 
 
 @dataclass
@@ -372,9 +375,7 @@ def _publish(said: _Keys, recipe: Recipe) -> None:
         said.put("repository", publish.repository, publish.repository + SUFFIX)
     said.put("base_model", publish.base_model, None, "it starts from another")
     said.put("datasets", publish.datasets, [], "it learns from toy data")
-    told = (
-        f"A rehearsal of {recipe.name} at the size of a laptop (`--scale tiny`): a tiny model, a few steps, toy data."
-    )
+    told = f"A rehearsal of {recipe.name} on a laptop (`--scale tiny`): a tiny model, a few steps, little data."
     said.put("description", publish.description, told)
 
 
