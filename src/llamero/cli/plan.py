@@ -32,6 +32,7 @@ def plan(
     network: float | None = None,
     tokens: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
     best: int = 3,
+    context: int | None = None,
     json: bool = False,
     out_dir: OutDir = None,
     set_: Override = (),
@@ -53,6 +54,8 @@ def plan(
         several times.
     best
         How many layouts to suggest.
+    context
+        Tokens of a sequence when the release is run; the model's longest by default.
     json
         Print all of it as JSON.
     out_dir
@@ -64,6 +67,8 @@ def plan(
 
     if best < 0:
         raise LlameroError(f"--best is {best}", fix="0 or more")
+    if context is not None and context < 1:
+        raise LlameroError(f"--context is {context}", fix="1 or more")
     parsed = load(recipe, set_)
     device = None if on is None else hardware.accelerator(on)
     import_uninterrupted("llamero.plan.run")
@@ -83,6 +88,7 @@ def plan(
             cluster=cluster,
             said=sayings(tokens, parsed),
             best=best,
+            context=context,
         )
     if json:
         out.print_json(js.dumps(made.to_json()))
@@ -109,6 +115,31 @@ def _say(made: Plan) -> None:
         _say_stage(stage, made)
     if not made.stages:
         out.print("the recipe trains nothing")
+    _say_served(made)
+
+
+_SHOWN = ("rtx4090", "a6000", "a100-80gb", "h200")
+"""Devices of 24, 48, 80 and 141 GB, for which it is said how many run a release."""
+
+
+def _say_served(made: Plan) -> None:
+    out.rule("[bold]to run it", align="left")
+    kinds = [hardware.ACCELERATORS[name] for name in _SHOWN]
+    table = Table("GiB", box=None, padding=(0, 1))
+    for name in ("weights", "KV", "all", *(kind.name.removesuffix(" SXM") for kind in kinds)):
+        table.add_column(name, justify="right")
+    for form in made.served:
+        if form.memory is None:
+            out.print(f"{form.form}: {form.unknown}", highlight=False)
+            continue
+        memory = form.memory
+        cells = [f"{number / GIB:.1f}" for number in (memory.weights, memory.kv, memory.total)]
+        numbers = (form.least.get(kind.name) for kind in kinds)
+        table.add_row(form.form, *cells, *("-" if number is None else f"{number}" for number in numbers))
+    out.print(table)
+    out.print(
+        f"[dim]one sequence of {made.context:,} tokens; then the fewest of each GPU that hold it", highlight=False
+    )
 
 
 def _say_stage(stage: StagePlan, made: Plan) -> None:

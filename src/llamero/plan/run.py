@@ -21,6 +21,7 @@ from llamero.plan.cluster import Cluster
 from llamero.plan.data import Data, Said, of_stage
 from llamero.plan.memory import Memory, memory
 from llamero.plan.search import ROOM, Candidate, Found, less, search
+from llamero.plan.serving import least, serving
 from llamero.plan.time import Layout, Parts, Work, peak, step_time
 from llamero.recipe.schema import Recipe
 
@@ -74,6 +75,19 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a release needs to run in one form."""
+
+    form: str
+    memory: Memory | None
+    """On one device, as if it were large enough; nothing where it is not foretold."""
+    least: Mapping[str, int | None]
+    """Fewest devices of each kind, by its name; nothing where none are enough."""
+    unknown: str = ""
+    """Why nothing is foretold."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe needs on a cluster."""
 
@@ -82,6 +96,10 @@ class Plan:
     config: LlamaConfig
     known_from: str
     stages: tuple[StagePlan, ...]
+    served: tuple[Served, ...]
+    """The release as it is exported, then its variants."""
+    context: int
+    """Tokens of the one sequence that is served."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it."""
@@ -97,6 +115,7 @@ class Plan:
             },
             "model": {**self.config.to_hf(dtype="bfloat16"), "known_from": self.known_from},
             "stages": [_stage_json(stage) for stage in self.stages],
+            "to_run": {"context": self.context, "sequences": 1, "forms": [_served_json(form) for form in self.served]},
         }
 
 
@@ -117,6 +136,13 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
             "gave_up": stage.found.gave_up,
         },
     }
+
+
+def _served_json(served: Served) -> dict[str, Any]:
+    if served.memory is None:
+        return {"form": served.form, "unknown": served.unknown}
+    memory = {**asdict(served.memory), "total": served.memory.total}
+    return {"form": served.form, "memory_bytes": memory, "least": dict(served.least)}
 
 
 def _planned_json(planned: Planned) -> dict[str, Any]:
@@ -145,7 +171,14 @@ def accelerator_here() -> Accelerator:
 
 
 def plan(
-    recipe: Recipe, *, root: Path, out: Path, cluster: Cluster, said: Mapping[str, Said] | None = None, best: int = 3
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path,
+    cluster: Cluster,
+    said: Mapping[str, Said] | None = None,
+    best: int = 3,
+    context: int | None = None,
 ) -> Plan:
     """Return what a recipe needs on a cluster.
 
@@ -156,6 +189,7 @@ def plan(
         cluster: The devices, as many as are to be used.
         said: What somebody says of the data of a stage, by its name.
         best: How many layouts are suggested.
+        context: Tokens of a sequence when the release is served; the longest that the model has by default.
 
     Raises:
         LlameroError: If nobody knows the base's shape, or the devices lack a stage's precision.
@@ -167,7 +201,24 @@ def plan(
     for stage in recipe.train:
         data = of_stage(stage, recipe, out, (said or {}).get(stage.name))
         stages.append(_Stage(stage, grown, data, cluster, weighed).plan(recipe, best))
-    return Plan(recipe.name, cluster, grown if recipe.train else config, known_from, tuple(stages))
+    last = grown if recipe.train else config
+    context = last.max_position_embeddings if context is None else context
+    served = tuple(_served(last, form, context) for form in _forms(recipe))
+    return Plan(recipe.name, cluster, last, known_from, tuple(stages), served, context)
+
+
+def _forms(recipe: Recipe) -> list[str]:
+    """Return the forms that a release has: as its last stage exports it, and its variants."""
+    exported = recipe.train[-1].export if recipe.train else "bfloat16"
+    return [exported, *(recipe.quantize.variants if recipe.quantize else ())]
+
+
+def _served(config: LlamaConfig, form: str, context: int) -> Served:
+    try:
+        memory = serving(config, form, context=context)
+        return Served(form, memory, least(config, form, context=context))
+    except LlameroError as error:  # a form whose size nobody knows yet is no reason not to plan the rest
+        return Served(form, None, {}, error.problem)
 
 
 _WEIGHS_NOTHING = {

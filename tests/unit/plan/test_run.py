@@ -154,6 +154,19 @@ def test_a_base_that_is_not_at_hand_has_a_published_shape(recipe):
     assert made.config.hidden_size == 4096
 
 
+def test_what_the_release_needs_to_run(recipe, counted):
+    """The cards: 70B in 4 bits on one GPU of 48 GB, in 16 bits on two of 80 GB."""
+    variants = "quantize={calibration: {mixture: chat}, variants: [gptq-4bit-128g-actorder_True]}"
+    made = planned(recipe, "base=./Llama-2-70b-hf", "train=[]", "template=auto", variants)
+    plain, packed = made.served
+    assert made.context == 4096
+    assert (plain.form, packed.form) == ("bfloat16", "gptq-4bit-128g-actorder_True")
+    assert packed.least["RTX A6000"] == 1
+    assert plain.least["A100 SXM 80 GB"] == 2
+    told = made.to_json()["to_run"]
+    assert told["forms"][1]["least"]["RTX A6000"] == 1
+
+
 def test_the_command_prints_what_a_terminal_of_80_columns_shows(recipe, counted, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
@@ -161,7 +174,17 @@ def test_the_command_prints_what_a_terminal_of_80_columns_shows(recipe, counted,
     assert not end.value.code
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
-    for part in ("4 × H100 SXM", "first", "second", "fits", "tokens/s/GPU", "GPU-hours", "the best layouts", "1 of 2"):
+    for part in (
+        "4 × H100 SXM",
+        "first",
+        "second",
+        "fits",
+        "tokens/s/GPU",
+        "GPU-hours",
+        "the best layouts",
+        "1 of 2",
+        "to run it",
+    ):
         assert part in said
 
 

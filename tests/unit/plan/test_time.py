@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,14 @@ def test_runs_that_nothing_was_fitted_to_are_foretold_within_a_quarter(run):
 def test_all_published_runs_are_there():
     named = {run.measured for run in RUNS if run.use == "check"}
     assert named == {829, 876, 597, 652, 810, 942, 3890, 2540, 1071, 548}
+
+
+def test_the_page_says_what_the_plan_foretells():
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text()
+    for run in RUNS:
+        foretold = run.predicted()
+        row = f"| {run.name} | {run.use} | {run.measured:,g} | {foretold:,.0f} | {foretold / run.measured - 1:+.1%} |"
+        assert row in page, f"docs/plan.md lacks: {row}"
 
 
 # -- by hand
