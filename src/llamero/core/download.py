@@ -78,9 +78,8 @@ def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
         wanted = PATTERNS if weights else TOKENIZER_FILES
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         if weights and not any(directory.glob("*.safetensors")):
-            directory = Path(
-                snapshot_download(repo, revision=revision, allow_patterns=[*PATTERNS, "pytorch_model*.bin"])
-            )
+            older = [*PATTERNS, "pytorch_model*.bin", "*consolidated*.pth"]  # the last are Meta's own
+            directory = Path(snapshot_download(repo, revision=revision, allow_patterns=older))
     except GatedRepoError as error:
         raise LlameroError(
             "the owner must grant you access first",

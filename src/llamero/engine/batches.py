@@ -112,7 +112,7 @@ class Batches:
         self._pieces = self._cut(stage)
         lengths = self._pieces.stop - self._pieces.start - 1
         if not len(lengths):
-            raise LlameroError("nothing to learn: no document of this stage is left", where=where)
+            raise self._nothing_to_learn(stage)
         if stage.batch_samples is None:
             self._rows = best_fit_decreasing(lengths, stage.sequence)
             self._plan: _ByRows | _BySamples = _ByRows(len(self._rows), stage, seed=seed)
@@ -122,6 +122,26 @@ class Batches:
         self.steps, self.batch = self._plan.steps, self._plan.largest
         self.report.rows = len(self._rows)
         self.report.fill = float(lengths[self._rows.documents].sum() / (len(self._rows) * stage.sequence))
+
+    def refuse_short(self) -> None:
+        """Refuse data that is less than a batch: a step would take some of it twice, or be smaller than it says."""
+        there, each, kind = self._plan.count, self._plan.each, self._plan.kind
+        if there < each:
+            raise LlameroError(
+                f"a step takes {each} {kind}, and there are {there}: the data is shorter than one batch",
+                where=self._where,
+                fix=f"set `batch` (or `batch_samples`, `batch_tokens`) to {there} {kind} or fewer, or add data",
+            )
+
+    def _nothing_to_learn(self, stage: StageConfig) -> LlameroError:
+        report = self.report
+        return LlameroError(
+            f"nothing to learn: of {report.documents} documents {report.nothing_to_learn} have no token that is "
+            f"learned, {report.dropped} are longer than `sequence: {stage.sequence}` and dropped, {report.too_short} "
+            "are shorter than two tokens",
+            where=self._where,
+            fix="see who speaks in the data (`llamero data inspect`) and what `learn` and `overlong` say",
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -251,17 +271,19 @@ class _Steps:
     """Which of the things that a stage takes in order, `each` at a time, belong to a step; the last has the rest."""
 
     def __init__(self, count: int, each: int, stage: StageConfig, *, seed: int) -> None:
-        self._order, self._each = _Order(count, seed=seed), each
+        self._order, self.count, self.each = _Order(count, seed=seed), count, each
         # rounded, because 1.1 × 10 is a little more than 11
         self._end = math.ceil(round((stage.epochs or 1) * count, 6)) if stage.steps is None else stage.steps * each
         self.steps = math.ceil(self._end / each)
 
     def _of(self, step: int) -> NDArray[np.int64]:
-        return self._order.between(step * self._each, min((step + 1) * self._each, self._end))
+        return self._order.between(step * self.each, min((step + 1) * self.each, self._end))
 
 
 class _ByRows(_Steps):
     """Steps of as many rows, which were packed from the whole set."""
+
+    kind = "packed rows"
 
     def __init__(self, rows: int, stage: StageConfig, *, seed: int) -> None:
         super().__init__(rows, stage.batch, stage, seed=seed)
@@ -274,6 +296,8 @@ class _ByRows(_Steps):
 
 class _BySamples(_Steps):
     """Steps of as many samples, packed into as few rows as each step needs."""
+
+    kind = "samples"
 
     def __init__(self, lengths: NDArray[np.int64], samples: int, stage: StageConfig, *, seed: int) -> None:
         super().__init__(len(lengths), samples, stage, seed=seed)

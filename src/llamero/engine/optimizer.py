@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from llamero.checkpoint import hf
+from llamero.core import files
 from llamero.core.errors import LlameroError
 from llamero.engine.stage import StageConfig
 from llamero.model.weights import finite_part
 from llamero.parallel.spread import Spread, put_share
+from llamero.parallel.world import World
 
 MOMENTS = "optimizer"
 """Folder of the moments beside a model."""
+SUMS = "sums.json"
+"""Checksums of the files in it."""
 
 
 def adamw(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
@@ -49,13 +53,15 @@ def save_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
         return
     (directory / MOMENTS).mkdir(parents=True, exist_ok=True)
     hf.write_tensors(directory / MOMENTS, specs, tensors())
+    sums = {path.name: files.sha256(path) for path in sorted((directory / MOMENTS).glob("*.safetensors*"))}
+    files.write_json(directory / MOMENTS / SUMS, {"sha256": sums})
 
 
 def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that `save_moments` wrote beside a model; every process reads its share.
 
     Raises:
-        LlameroError: If there is none, that of a model of another shape, or one that is not finite.
+        LlameroError: If there is none, that of a model of another shape, one that is damaged, or not finite.
     """
     if not (directory / MOMENTS).is_dir():
         raise LlameroError(
@@ -63,6 +69,7 @@ def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
             where=directory,
             fix="set `optimizer: fresh`, or `export_optimizer: true` on the stage before",
         )
+    _refuse_damage(directory / MOMENTS, spread.world)
     stored = hf.open_tensors(directory / MOMENTS)
     for name, parameter in spread.named().items():
         if not parameter.requires_grad:
@@ -83,6 +90,18 @@ def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
             state[key] = torch.zeros_like(parameter, requires_grad=False)
             put_share(state[key], partial(finite_part, stored, full))
         optimizer.state[parameter] = state
+
+
+def _refuse_damage(directory: Path, world: World) -> None:
+    """Refuse files that are not what was written; each process reads some of them."""
+    sums = hf.read_json(directory / SUMS).get("sha256", {})
+    for name, expected in list(sums.items())[world.rank :: world.size]:
+        if not (directory / name).exists() or files.sha256(directory / name) != expected:
+            raise LlameroError(
+                "the moments are not what was written, or missing",
+                where=directory / name,
+                fix="remove the stage's directory and train it again, or set `optimizer: fresh`",
+            )
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

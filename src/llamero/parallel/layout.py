@@ -49,6 +49,13 @@ def refuse_impossible(parallel: ParallelConfig, config: Shape, *, batch: int) ->
     if parallel.tensor > 1 and config.hidden_size % parallel.sharded:
         fit = [size for size in range(1, 1025) if config.hidden_size % size == 0]
         raise _refused("shard", parallel.sharded, f"does not divide the width of {config.hidden_size}", fit)
+    if batch < parallel.data:
+        raise LlameroError(
+            f"a batch of {batch} rows leaves {parallel.data - batch} of the {parallel.data} devices of `shard` and "
+            "`replicate` without one",
+            where="parallel",
+            fix=f"a `batch` of at least {parallel.data} rows, or fewer devices there",
+        )
     _refuse_pipeline(parallel, config, batch)
 
 

@@ -100,6 +100,8 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
             fix="lower `sequence`",
         )
     batches = _batches(data, "train", stage, seed=seed)
+    batches.refuse_short()
+    _refuse_unknown_tokens(data, config.vocab_size, world)
     validation = _batches(data, "val", stage, seed=seed) if _has_validation(data) else None
     if stage.eval_every and validation is None:
         raise LlameroError(
@@ -248,6 +250,23 @@ def _batches(data: Path, split: str, stage: StageConfig, *, seed: int) -> Batche
         stage = stage.model_copy(update={"batch_samples": None})  # nothing is learned here, so rows may be full
     where = f"{data.name}, {split}"
     return Batches(tokens, roles, stage, seed=seed, where=where, sources=dataset.sources(split))
+
+
+def _refuse_unknown_tokens(data: Path, size: int, world: World) -> None:
+    """Refuse data that another tokenizer made, as far as its numbers show it; each process reads a share."""
+    dataset = Dataset(data)
+    for split in dataset.splits:
+        flat = dataset.tokens(split).flat
+        mine = range(len(flat) * world.rank // world.size, len(flat) * (world.rank + 1) // world.size)
+        block = 1 << 22
+        tops = [int(flat[start : min(start + block, mine.stop)].max()) for start in mine[::block]]
+        top = max(world.gather(max(tops, default=0)))
+        if top >= size:
+            raise LlameroError(
+                f"token {top} stands in the data, and the model knows {size}: they are not of one tokenizer",
+                where=f"{data}, {split}",
+                fix="tokenize the data again with the tokenizer of this release",
+            )
 
 
 def _has_validation(data: Path) -> bool:

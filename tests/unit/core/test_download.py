@@ -1,4 +1,5 @@
 import errno
+from fnmatch import fnmatch
 from importlib import import_module
 from typing import Any
 
@@ -67,13 +68,15 @@ def test_weights_in_pickles_are_only_fetched_where_there_are_no_safetensors(monk
     asked = []
 
     def snapshot_download(repo, *, revision, allow_patterns):
-        asked.append((repo, revision, "pytorch_model*.bin" in allow_patterns))
+        older = {"pytorch_model.bin", "original/consolidated.00.pth"}
+        asked.append((repo, revision, {name for name in older if any(fnmatch(name, each) for each in allow_patterns)}))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert resolve_model("owner/name") == tmp_path
-    assert asked == [("owner/name", None, False), ("owner/name", None, True)]
+    all_older = {"pytorch_model.bin", "original/consolidated.00.pth"}
+    assert asked == [("owner/name", None, set()), ("owner/name", None, all_older)]
     asked.clear()
     (tmp_path / "model.safetensors").write_text("")
     resolve_model("owner/name:main")
-    assert asked == [("owner/name", "main", False)]
+    assert asked == [("owner/name", "main", set())]

@@ -415,3 +415,22 @@ def test_one_source_alone_is_not_told_apart():
     made = Batches(tokens, arrays, stage, seed=0, where="here", sources=Sources(("a",), (2,)))
     assert made.sources == ()
     assert not made.assemble([0]).sources.any()
+
+
+@pytest.mark.parametrize(("key", "kind"), [("batch", "packed rows"), ("batch_samples", "samples")])
+def test_data_that_is_less_than_one_batch_is_refused_with_the_number_that_fits(make_data, key, kind):
+    def batches(size):
+        stage = {"name": "tiny", "mixture": "chat", "sequence": 32, "steps": 4, key: size}
+        return make_data(30).batches(StageConfig.model_validate(stage))
+
+    there = len(batches(1)) if key == "batch" else 30
+    with pytest.raises(LlameroError, match=rf"a step takes {there + 1} {kind}, and there are {there}: the data is"):
+        batches(there + 1).refuse_short()
+    batches(there).refuse_short()
+
+
+def test_data_of_which_nothing_is_learned_is_refused_with_counts(make_data, make_stage):
+    silent = {"learn": {"assistant": 0, "text": 0}}
+    with pytest.raises(LlameroError, match=r"of 30 documents 30 have no token that is learned, 0 are longer") as told:
+        make_data(30).batches(make_stage(**silent))
+    assert "`learn`" in str(told.value.fix)

@@ -115,3 +115,9 @@ def test_a_recipe_for_several_devices_says_how_to_start_them(monkeypatch):
     with pytest.raises(LlameroError, match=r"4 processes were started(?s:.*)--set parallel.gpus=4"):
         refuse_other_size(8)
     refuse_other_size(4)
+
+
+def test_a_batch_that_leaves_devices_without_a_row_is_refused():
+    with pytest.raises(LlameroError, match=r"a batch of 3 rows leaves 1 of the 4 devices(?s:.*)at least 4 rows"):
+        refuse_impossible(ParallelConfig(gpus=8, replicate=2, shard=2, tensor=2), model(num_heads=12), batch=3)
+    refuse_impossible(ParallelConfig(gpus=8, replicate=2, shard=2, tensor=2), model(num_heads=12), batch=4)

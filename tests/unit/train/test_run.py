@@ -12,7 +12,7 @@ from llamero.model.load import load_model, save_model
 from llamero.model.weights import NewRows, Stored
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import device
-from llamero.text.tokenizer import load_tokenizer
+from llamero.text.tokenizer import load_tokenizer, train_bpe
 from llamero.train.config import ShapeConfig
 from llamero.train.run import fresh_config, grow_vocabulary, run
 
@@ -166,6 +166,33 @@ def test_a_vocabulary_never_shrinks(train, tokenizer):
         assert grow_vocabulary(model, size, known=len(tokenizer)) == 0
     assert model.config.vocab_size == len(tokenizer)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_data_with_tokens_that_the_model_does_not_know_is_refused(train, tmp_path, tokenizer):
+    train_bpe(iter(["abc"]), vocab_size=259).save(tmp_path / "smaller")
+    size = len(load_tokenizer(tmp_path / "smaller"))
+    with pytest.raises(LlameroError, match=rf"token \d+ stands in the data, and the model knows {size}: they are not"):
+        train(tokenizer=tmp_path / "smaller")
+    assert not (tmp_path / "first" / "metrics.jsonl").exists()
+
+
+def test_data_shorter_than_one_batch_is_refused(train, tmp_path):
+    with pytest.raises(LlameroError, match=r"mixture, train: a step takes 4000 packed rows, and there are \d+"):
+        train(batch=4000)
+    assert not (tmp_path / "first" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["changed", "missing"])
+def test_damaged_moments_are_named(train, what):
+    _, first = train(export_optimizer=True)
+    file = first / "optimizer" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    if what == "missing":
+        file.unlink()
+    with pytest.raises(LlameroError, match=r"model.safetensors: the moments are not what was written, or missing"):
+        train(name="second", start=first, optimizer="keep")
 
 
 @pytest.fixture
