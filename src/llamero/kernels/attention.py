@@ -5,6 +5,7 @@ runs: each document attends to itself causally and no mask is ever built. `batch
 bias (a tree of prefixes, pages of a cache), and `merge` joins what two blocks of keys have to say.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether this torch lets heads share keys."""
 
 _as_on_cuda: ContextVar[bool] = ContextVar("as_on_cuda", default=False)
 
@@ -99,12 +104,39 @@ def documents(
 
     The log-sum-exp carries no gradient.
     """
-    on_cuda = q.is_cuda or _as_on_cuda.get()
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return packed(q, k, v, borders.to(q.device), max(lengths, default=0))
+
+
+def packed(
+    q: Float[Tensor, "tokens heads d"],
+    k: Float[Tensor, "tokens kv d"],
+    v: Float[Tensor, "tokens kv d"],
+    borders: Int[Tensor, " borders"],
+    longest: int,
+) -> tuple[Float[Tensor, "tokens heads d"], Float[Tensor, "tokens heads"]]:
+    """Return what `documents` returns, told where they lie by a tensor, which a compiled program takes as it comes.
+
+    Args:
+        q: Queries.
+        k: Keys; heads share them in groups.
+        v: Values.
+        borders: First token of each document, and the end of the last, int32, on the device of the queries.
+        longest: At least the tokens of the longest.
+    """
+    on_cuda = q.is_cuda or (not torch.compiler.is_compiling() and _as_on_cuda.get())
     if on_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _documents_cuda(q, k, v, lengths)
-    if q.device.type == "cpu" and not on_cuda:
-        return _CpuDocuments.apply(q, k, v, tuple(lengths))
-    return masked(q, k, v, same_document(lengths, device=q.device))
+        out, lse = _packed_cuda(q, k, v, borders, longest)
+    elif q.device.type in ("cpu", "meta") and not on_cuda:
+        out, lse = torch.ops.llamero.attend_documents(q, k, v, borders)
+    else:
+        out, lse = masked(q, k, v, same_document(borders.diff().tolist(), device=q.device))
+    return out, lse.detach()
+
+
+def rounded_up(length: int) -> int:
+    """Return the next power of two: there are few of them, and each number would be a program of its own."""
+    return 1 << max(0, length - 1).bit_length()
 
 
 def same_document(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> Bool[Tensor, "tokens tokens"]:
@@ -114,39 +146,59 @@ def same_document(lengths: Sequence[int], *, device: torch.device | str = "cpu")
     return (document[:, None] == document[None, :]).tril()
 
 
-class _CpuDocuments(torch.autograd.Function):
+@torch.library.custom_op("llamero::attend_documents", mutates_args=(), device_types="cpu")
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
     """One call of torch's CPU flash attention per run of documents of equal length.
 
-    Written by hand because slicing under autograd would copy all of q, k and v once per document.
+    An operator with a gradient written by hand, because slicing under autograd would copy all of q, k and v once per
+    document, and because the compiler must not look inside: what lies here depends on the lengths of documents.
     """
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+    for start, count, length in _runs(borders.diff().tolist()):
+        qs, ks, vs, os, ls = (_fold(x, start, count, length) for x in (q, k, v, out, lse))
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs, 0.0, True)
+        os.copy_(part)
+        ls.copy_(part_lse)
+    return out, lse
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-        for start, count, length in _runs(lengths):
-            qs, ks, vs, os, ls = (_fold(x, start, count, length) for x in (q, k, v, out, lse))
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs, 0.0, True)
-            os.copy_(part)
-            ls.copy_(part_lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.lengths = lengths
-        ctx.mark_non_differentiable(lse)
-        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        grad_out = grad_outputs[0]
-        for start, count, length in _runs(ctx.lengths):
-            qs, ks, vs, os, ls, gs = (_fold(x, start, count, length) for x in (q, k, v, out, lse, grad_out))
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                gs, qs, ks, vs, os, ls, 0.0, True
-            )
-            for grad, part in zip(grads, parts, strict=True):
-                _fold(grad, start, count, length).copy_(part)
-        return (*grads, None)
+@torch.library.custom_op("llamero::attend_documents_backward", mutates_args=(), device_types="cpu")
+def _attend_documents_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    for start, count, length in _runs(borders.diff().tolist()):
+        qs, ks, vs, os, ls, gs = (_fold(x, start, count, length) for x in (q, k, v, out, lse, grad))
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, ls, 0.0, True)
+        for whole, part in zip(grads, parts, strict=True):
+            _fold(whole, start, count, length).copy_(part)
+    return grads
+
+
+@_attend_documents.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+
+
+@_attend_documents_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, borders = inputs
+    ctx.save_for_backward(q, k, v, *output, borders)
+
+
+def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, borders = ctx.saved_tensors
+    return *torch.ops.llamero.attend_documents_backward(grad_out, q, k, v, out, lse, borders), None
+
+
+_attend_documents.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -168,14 +220,14 @@ def _fold(x: Tensor, start: int, count: int, length: int) -> Tensor:
     return x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
 
 
-def _documents_cuda(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    longest = max(lengths)
-    out, lse = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+def _packed_cuda(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    shares: dict[str, Any] = {}
+    if _SHARES_HEADS:
+        shares["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    aux = AuxRequest(lse=True)
+    out, lse = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), return_aux=aux, **shares)
     return out, lse.T
 
 

@@ -14,8 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits held at a time (16 MiB in float32)."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Logits held at a time: 16 MiB in float32 on CPU; 512 MiB on CUDA, where the head is read anew for every chunk and a
+thousand tokens are needed to hide it."""
+
+
+def _chunk(device: torch.device, rows: int) -> int:
+    """Return how many tokens go through a head of so many rows at a time."""
+    return max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]) // max(1, rows))
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        size = _chunk(hidden.device, weight.shape[0])
         # one buffer for all chunks: on CPU fresh memory costs as much as a pass over it
         buffer = hidden.new_empty(min(size, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), size):
@@ -143,6 +149,8 @@ class Share:
     group: dist.ProcessGroup
     start: int
     """First token of this share."""
+    largest: int
+    """Rows of the largest share."""
 
 
 def sharded_linear_cross_entropy(
@@ -192,9 +200,8 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        size = max(1, CHUNK_ELEMENTS // max(1, rows))
-        if share is not None:  # every process of the group must make the same number of chunks
-            size = _smallest(size, share.group, hidden.device)
+        # every process of the group must make the same number of chunks
+        size = _chunk(hidden.device, rows if share is None else share.largest)
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
             x, scale = hidden[part], weights[part, None].to(wide)
@@ -251,12 +258,6 @@ def _all(values: Tensor, share: Share | None, operation: Any = dist.ReduceOp.SUM
         values = values.contiguous()
         dist.all_reduce(values, operation, group=share.group)
     return values
-
-
-def _smallest(size: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    number = torch.tensor(size, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MIN, group=group)
-    return int(number)
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llamero.kernels import attention as kernels
+from llamero.model.device import brought
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,23 @@ class Documents:
 
     lengths: tuple[int, ...]
     """Tokens of each document; their sum is the number of queries and of keys."""
+    borders: Int[Tensor, " borders"] | None = None
+    """Where each begins, and where the last ends, int32, on the device of the queries: `on` gives them. With them
+    attention does not look at `lengths`, so that one compiled program serves all batches."""
+    longest: int = 0
+    """At least the tokens of the longest document; with `borders`."""
+
+    def on(self, device: torch.device | str) -> "Documents":
+        """Return them with what attention needs on a device, once for all layers."""
+        borders = torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32))
+        return Documents(self.lengths, brought(borders, device), kernels.rounded_up(max(self.lengths)))
+
+    @cached_property
+    def positions(self) -> Int[Tensor, " tokens"]:
+        """Position of each token in its document."""
+        lengths = np.asarray(self.lengths)
+        before = np.cumsum(lengths) - lengths
+        return torch.from_numpy(np.arange(lengths.sum()) - np.repeat(before, lengths))
 
     @cached_property
     def mask(self) -> Bool[Tensor, "tokens tokens"]:
@@ -166,13 +185,13 @@ def attend(
         v: Values, in the form of `k`.
         layout: Who sees whom.
     """
-    match layout:
-        case Documents():
+    if isinstance(layout, Documents):
+        if layout.borders is None:
             return kernels.documents(q, k, v, layout.lengths)
-        case Tree():
-            return _attend_tree(q, k, v, layout)
-        case Pages():
-            return _attend_pages(q, k, v, layout)
+        return kernels.packed(q, k, v, layout.borders, layout.longest)
+    if isinstance(layout, Tree):
+        return _attend_tree(q, k, v, layout)
+    return _attend_pages(q, k, v, layout)
 
 
 def _attend_tree(q: Tensor, k: Tensor, v: Tensor, layout: Tree) -> tuple[Tensor, Tensor]:

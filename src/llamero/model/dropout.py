@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llamero.model.device import brought
+
 
 class Site(IntEnum):
     """Where in a layer (or before all of them) noise falls."""
@@ -112,7 +114,7 @@ class Noise:
         rates = [self.rates.hidden_of(layer, self.layers) for layer in range(self.layers)]
         thresholds = torch.tensor([_threshold(p) for p in rates], dtype=torch.int32)
         scales = torch.tensor([1 / (1 - p) for p in rates], dtype=torch.float64)
-        return thresholds.to(self.keys.device), scales.to(self.keys.device)
+        return brought(thresholds, self.keys.device), brought(scales, self.keys.device)
 
     def _here(self, values: Int[Tensor, " tokens"]) -> Int[Tensor, " rows"]:
         return values if self.rows is None else values[self.rows]

@@ -7,6 +7,7 @@ Parameters have the names of Hugging Face checkpoints.
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from llamero.model.attention import Documents, Layout, attend
 from llamero.model.config import LlamaConfig
+from llamero.model.device import brought
 from llamero.model.dropout import SILENT, LayerNoise, Noise, attend_dropped, drop
 from llamero.model.linear import linear
-from llamero.model.rope import rotate, rotations
+from llamero.model.rope import Rope, rotate, rotations
 
 
 @runtime_checkable
@@ -153,13 +155,21 @@ class Llama(nn.Module):
             lengths: Full length of each sequence, one for all tokens or one for each of them: dynamic
                 scaling depends on it, and it must be the same whenever a sequence is continued.
         """
-        rope = self.config.rope
+        rope, device = self.config.rope, positions.device
         if rope.depends_on_length and len(set(lengths)) > 1:
             known = {length: rope.frequencies(length) for length in set(lengths)}
-            frequencies = torch.stack([known[length] for length in lengths])
+            frequencies = brought(torch.stack([known[length] for length in lengths]), device)
+        elif rope.depends_on_length:
+            frequencies = brought(rope.frequencies(lengths[0]), device)
         else:
-            frequencies = rope.frequencies(lengths[0])
-        return rotations(positions, frequencies.to(positions.device), scale=rope.attention_scale)
+            frequencies = _frequencies(rope, device)
+        return rotations(positions, frequencies, scale=rope.attention_scale)
+
+    def document_rotation(self, layout: Documents, device: torch.device) -> Float[Tensor, "tokens half 2"]:
+        """Return the rotations of documents that lie one after the other, each of which begins at position 0."""
+        every = self.config.rope.depends_on_length
+        each = [length for length in layout.lengths for _ in range(length)] if every else layout.lengths[:1]
+        return self.rotation(brought(layout.positions, device), each)
 
     def hidden(
         self,
@@ -188,15 +198,20 @@ class Llama(nn.Module):
             lengths: Tokens of each.
             noise: What training leaves out or adds; nothing where it is not given.
         """
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
-        each = [length for length in lengths for _ in range(length)]
-        return self.hidden(ids, self.rotation(positions, each), Documents(tuple(lengths)), noise=noise)
+        layout = Documents(tuple(lengths)).on(ids.device)
+        return self.hidden(ids, self.document_rotation(layout, ids.device), layout, noise=noise)
 
     def forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return the logits of whole sequences of equal length."""
         batch, time = ids.shape
         hidden = self.packed_hidden(ids.flatten(), [time] * batch)
         return self.lm_head(hidden).unflatten(0, (batch, time))
+
+
+@lru_cache(maxsize=64)
+def _frequencies(rope: Rope, device: torch.device) -> Float[Tensor, " half"]:
+    """Return frequencies on a device, where every pass needs them again."""
+    return brought(rope.frequencies(1), device)
 
 
 @torch.no_grad()

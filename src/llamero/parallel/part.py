@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from llamero.kernels.cross_entropy import Seen, Share, linear_cross_entropy, sharded_linear_cross_entropy
 from llamero.model.attention import Documents
+from llamero.model.device import brought
 from llamero.model.dropout import SILENT, Noise
 from llamero.model.llama import Llama
 
@@ -36,15 +37,14 @@ class Micro(NamedTuple):
 
     def to(self, device: torch.device) -> "Micro":
         """Return it on a device."""
-        return Micro(
-            self.ids.to(device),
-            self.lengths,
-            self.learned.to(device),
-            self.targets.to(device),
-            self.weights.to(device),
-            self.noise and replace(self.noise, keys=self.noise.keys.to(device), lengths=self.noise.lengths.to(device)),
-            self.sources if self.sources is None else self.sources.to(device),
+        noise, sources = self.noise, self.sources
+        if noise is not None:
+            noise = replace(noise, keys=brought(noise.keys, device), lengths=brought(noise.lengths, device))
+        ids, learned, targets, weights = (
+            brought(tensor, device) for tensor in (self.ids, self.learned, self.targets, self.weights)
         )
+        sources = sources if sources is None else brought(sources, device)
+        return Micro(ids, self.lengths, learned, targets, weights, noise, sources)
 
     def padded(self, tokens: int) -> "Micro":
         """Return it with a last document of which nothing is learned, so that it has that many tokens."""
@@ -70,7 +70,7 @@ class Part(nn.Module):
     def __init__(self, llama: Llama, layers: range, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.first, self.last = layers.start == 0, layers.stop == llama.config.num_layers
-        self._rotation: Callable[..., Tensor] = llama.rotation
+        self._rotation: Callable[[Documents, torch.device], Tensor] = llama.document_rotation
         self._autocast, self._heads = autocast, llama.config.num_heads
         self._residual = llama.model.embed_tokens.weight.dtype  # whatever the weights are rounded to on their way here
         self.z_loss = 0.0
@@ -110,9 +110,9 @@ class Part(nn.Module):
             if self.first:
                 embedded = self.embed_tokens(micro.ids).to(self._residual)
                 x = embedded if noise is None else noise.on_embeddings(embedded)
-            positions = torch.cat([torch.arange(length) for length in micro.lengths]).to(micro.ids.device)
-            each = [length for length in micro.lengths for _ in range(length)]
-            rotation, layout = self._rotation(positions, each), Documents(micro.lengths)
+            device = micro.ids.device
+            layout = Documents(micro.lengths).on(device)
+            rotation = self._rotation(layout, device)
             for layer, block in self.layers.items():
                 x = block(x, rotation, layout, None, SILENT if noise is None else noise.of_layer(int(layer)))
             assert x is not None
@@ -136,8 +136,8 @@ class Part(nn.Module):
             hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
             assert isinstance(weight, DTensor)
             whole, weight = weight.shape[0], weight.to_local()
-            start = min(whole, -(-whole // self.tensor.size()) * self.tensor.get_local_rank())
-            share = Share(self.tensor.get_group(), start)
+            largest = -(-whole // self.tensor.size())
+            share = Share(self.tensor.get_group(), min(whole, largest * self.tensor.get_local_rank()), largest)
         learned = hidden if len(micro.learned) == len(micro.ids) else hidden[micro.learned]
         learned = learned if self._autocast is None else learned.to(self._autocast)
         seen = None if self.tally is None else Seen.blank(learned, right=len(self.tally) > 1)
