@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.core.interrupt import Deferred, Interrupted
 from llamero.engine import resume
+from llamero.engine.ahead import Ahead
 from llamero.engine.batches import Batch, Batches
 from llamero.engine.metrics import PROBES, Metrics, Silent, read_lines
 from llamero.engine.noise import noise_of
@@ -100,18 +102,20 @@ def train(  # noqa: PLR0913  (all that a stage is)
     refuse_small_disk(checkpoints, stage, spread, steps=batches.steps)
     saver = Saver(checkpoints, stage, weights=spread.named(), optimizer=optimizer, world=world)
     run = _Run(spread, stage, batches, seed)
+    ahead = Ahead(run.work, range(first, batches.steps))
     bar = progress.Line(f"train {stage.name}", total=batches.steps, unit="steps", done=first)
     with (
         _lines(directory / "metrics.jsonl", first, world) as metrics,
         _prober(probe, directory, first, run) as prober,
         bar,
+        ahead,
         Deferred() as stop,
         world.missing_named(),
         saver,
     ):
         for step in range(first, batches.steps):
             world.beat(step)
-            line = run.step(step, optimizer)
+            line = run.step(step, ahead, optimizer)
             done = step + 1
             last = done == batches.steps
             if validation is not None and (last or (stage.eval_every and done % stage.eval_every == 0)):
@@ -254,6 +258,18 @@ def _each(key: str, batches: Batches, sums: Sequence[float], counts: Sequence[fl
     return {f"{key}/{name}": total / count for name, total, count in found if count}
 
 
+class Work(NamedTuple):
+    """What a step is on this process."""
+
+    rows: list[int]
+    """Of the whole step."""
+    parts: list[Batch]
+    """This process's micro-batches: as many on every process, the last ones perhaps empty."""
+    micros: list[Micro]
+    """The same, as they go through the model."""
+    known: "_Known"
+
+
 class _Run:
     def __init__(self, spread: Spread, stage: StageConfig, batches: Batches, seed: int) -> None:
         self.spread, self.stage, self.batches, self.seed = spread, stage, batches, seed
@@ -265,26 +281,29 @@ class _Run:
         self._work = work_of(spread.config, spread.specs, spread.trained)
         self._peak = peak_of(self.world.device, autocast(stage, self.world.device))
 
-    def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
+    def work(self, step: int) -> Work:
+        """Return the work of a step; it touches neither model nor device, and may be made in another thread."""
+        rows = self.batches.rows_of(step)
+        parts = self._share(self.batches, rows)
+        return Work(rows, parts, [self._micro(part, step) for part in parts], self._known(parts, self.batches))
+
+    def step(self, step: int, ahead: "Ahead[Work]", optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
         """Take one optimizer step and return its line of metrics."""
         began = time.monotonic()
         rate = learning_rate(self.stage, step, steps=self.batches.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = self.batches.rows_of(step)
         with self.phases("data"):
-            parts = self._share(self.batches, rows)
-            micros = [self._micro(part, step) for part in parts]
-            known = self._known(parts, self.batches)
+            work = ahead.take(step)
         with self.phases("forward_backward"):
-            said = _Known.of(self.world.sum(known.flat(self._counts)))
+            said = _Known.of(self.world.sum(work.known.flat(self._counts)))
             tally = self._blank(self.batches, kinds=min(1, len(self.batches.sources)))
-            own = self.spread.losses(micros, total=said.weight, z_loss=self.stage.z_loss, tally=tally)
+            own = self.spread.losses(work.micros, total=said.weight, z_loss=self.stage.z_loss, tally=tally)
         with self.phases("clip"):
             norm, loss, *by_source = self.spread.clip(self.stage.clip or math.inf, *self._once(own, tally))
         if not math.isfinite(loss) or not math.isfinite(norm):  # before the weights take any of it
             what = f"loss of step {step + 1} is {loss}, its gradient's norm {norm}"
-            raise self._not_finite(what, rows, parts)
+            raise self._not_finite(what, work.rows, work.parts)
         with self.phases("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

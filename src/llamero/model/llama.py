@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llamero.model.attention import Documents, Layout, attend
 from llamero.model.config import LlamaConfig
 from llamero.model.device import brought
-from llamero.model.dropout import SILENT, LayerNoise, Noise, attend_dropped, drop
+from llamero.model.dropout import SILENT, Drop, LayerNoise, Noise, attend_dropped, drop
 from llamero.model.linear import linear
 from llamero.model.rope import Rope, rotate, rotations
 
@@ -77,11 +77,17 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache[0].extend(cache[1], k, v)
         if noise.probabilities is not None:
-            assert isinstance(layout, Documents)  # what is trained on
-            out = attend_dropped(q, k, v, layout.lengths, noise.probabilities)
+            out = _attend_dropped(q, k, v, layout, noise.probabilities)
         else:
             out, _ = attend(q, k, v, layout)
         return self.o_proj(out.flatten(-2))
+
+
+@torch.compiler.disable
+def _attend_dropped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, what: Drop) -> Tensor:
+    """Attend document by document, of which a compiled program must not know."""
+    assert isinstance(layout, Documents)  # what is trained on
+    return attend_dropped(q, k, v, layout.lengths, what)
 
 
 class MLP(nn.Module):
