@@ -167,13 +167,13 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple
 def _attend_documents_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
     for start, count, length in _runs(borders.diff().tolist()):
         qs, ks, vs, os, ls, gs = (_fold(x, start, count, length) for x in (q, k, v, out, lse, grad))
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, ls, 0.0, True)
         for whole, part in zip(grads, parts, strict=True):
             _fold(whole, start, count, length).copy_(part)
-    return grads
+    return grads[0], grads[1], grads[2]
 
 
 @_attend_documents.register_fake
@@ -199,6 +199,9 @@ def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 
 
 _attend_documents.register_autograd(_gradient, setup_context=_keep_for_gradient)
+
+DEAR = (torch.ops.llamero.attend_documents.default, torch.ops.torch_attn._varlen_attn.default)
+"""The operators behind `packed`: what they return is kept where cheaper things are computed again."""
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ Parameters have the names of Hugging Face checkpoints.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
@@ -83,11 +83,13 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
 
-@torch.compiler.disable
-def _attend_dropped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, what: Drop) -> Tensor:
-    """Attend document by document, of which a compiled program must not know."""
+def _document_by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, what: Drop) -> Tensor:
     assert isinstance(layout, Documents)  # what is trained on
     return attend_dropped(q, k, v, layout.lengths, what)
+
+
+_attend_dropped: Callable[..., Tensor] = torch.compiler.disable(_document_by_document)
+"""A compiled program would be another one for other lengths."""
 
 
 class MLP(nn.Module):

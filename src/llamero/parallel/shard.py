@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import llamero.kernels.attention  # noqa: F401  (registers the operators of attention)
+from llamero.kernels.attention import DEAR
 from llamero.parallel.adapted import COLUMNS, ROWS, freeze_codes, tensor_style
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.part import Part
@@ -104,8 +104,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.llamero.attend_documents.default,
-    torch.ops.torch_attn._varlen_attn.default,
+    *DEAR,
 }
 
 
