@@ -8,7 +8,7 @@ Parameters have the names of Hugging Face checkpoints.
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def _document_by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, what:
     return attend_dropped(q, k, v, layout.lengths, what)
 
 
-_attend_dropped: Callable[..., Tensor] = torch.compiler.disable(_document_by_document)
+_attend_dropped = cast("Callable[..., Tensor]", torch.compiler.disable(_document_by_document))
 """A compiled program would be another one for other lengths."""
 
 
