@@ -33,7 +33,7 @@ class Documents:
 
     def on(self, device: torch.device | str) -> "Documents":
         """Return them with what attention needs on a device, once for all layers."""
-        borders = torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32))
+        borders = torch.tensor(np.cumsum([0, *self.lengths], dtype=np.int32))
         return Documents(self.lengths, brought(borders, device), kernels.rounded_up(max(self.lengths)))
 
     @cached_property
@@ -41,7 +41,7 @@ class Documents:
         """Position of each token in its document."""
         lengths = np.asarray(self.lengths)
         before = np.cumsum(lengths) - lengths
-        return torch.from_numpy(np.arange(lengths.sum()) - np.repeat(before, lengths))
+        return torch.tensor(np.arange(lengths.sum()) - np.repeat(before, lengths))
 
     @cached_property
     def mask(self) -> Bool[Tensor, "tokens tokens"]:

@@ -7,7 +7,6 @@ Parameters have the names of Hugging Face checkpoints.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -20,7 +19,7 @@ from llamero.model.config import LlamaConfig
 from llamero.model.device import brought
 from llamero.model.dropout import SILENT, Drop, LayerNoise, Noise, attend_dropped, drop
 from llamero.model.linear import linear
-from llamero.model.rope import Rope, rotate, rotations
+from llamero.model.rope import rotate, rotations
 
 
 @runtime_checkable
@@ -167,10 +166,8 @@ class Llama(nn.Module):
         if rope.depends_on_length and len(set(lengths)) > 1:
             known = {length: rope.frequencies(length) for length in set(lengths)}
             frequencies = brought(torch.stack([known[length] for length in lengths]), device)
-        elif rope.depends_on_length:
-            frequencies = brought(rope.frequencies(lengths[0]), device)
         else:
-            frequencies = _frequencies(rope, device)
+            frequencies = brought(rope.frequencies(lengths[0]), device)
         return rotations(positions, frequencies, scale=rope.attention_scale)
 
     def document_rotation(self, layout: Documents, device: torch.device) -> Float[Tensor, "tokens half 2"]:
@@ -214,12 +211,6 @@ class Llama(nn.Module):
         batch, time = ids.shape
         hidden = self.packed_hidden(ids.flatten(), [time] * batch)
         return self.lm_head(hidden).unflatten(0, (batch, time))
-
-
-@lru_cache(maxsize=64)
-def _frequencies(rope: Rope, device: torch.device) -> Float[Tensor, " half"]:
-    """Return frequencies on a device, where every pass needs them again."""
-    return brought(rope.frequencies(1), device)
 
 
 @torch.no_grad()
