@@ -20,11 +20,11 @@ Not measured: memory, several threads, GPUs.
     python benchmarks/train_vs_trl.py --profile  # where llamero's time goes
 
 On a GPU (`--device cuda --shape 1b`, or `8b-lora`) wall time counts instead, between moments at which the device has
-nothing left to do; both sides keep float32 weights (`8b-lora`: a frozen bfloat16 base) and compute in bfloat16. TRL has
-FlashAttention 2 where the flash-attn package is installed, else sdpa; the result says which. Beside it stand the peak of
-memory that torch has handed out, and MFU: arithmetic that the model needs (matrix products forward and backward, the
-head only where a token is learned, attention below the diagonal of each document; nothing computed twice) over the
-dense bfloat16 peak of the device's data sheet.
+nothing left to do; both sides keep float32 weights (`8b-lora`: a frozen bfloat16 base) and compute in bfloat16. TRL
+has FlashAttention 2 where the flash-attn package is installed, else sdpa; the result says which. Beside it stand the
+peak of memory that torch has handed out, and MFU: arithmetic that the model needs (matrix products forward and
+backward, the head only where a token is learned, attention below the diagonal of each document; nothing computed
+twice) over the dense bfloat16 peak of the device's data sheet.
 """
 
 import argparse
@@ -341,7 +341,7 @@ def _sft(directory: Path, work: Work, rows: list[dict[str, list[int]]], settings
     return measured(clock, losses, rows, batch, work=work, about=attention)
 
 
-def measured(  # noqa: PLR0913  (all that is known of a run)
+def measured(
     clock: list[float], losses: list[float], rows: list[dict[str, list[int]]], batch: int, *, work: Work, about: str
 ) -> Steps:
     """Return what counts: all steps but the first, and the last, which only ends the one before.
