@@ -36,7 +36,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+        self.whole = outputs, inputs
+        """Its shape before anything of it was given away."""
         self._views: dict[str, torch.dtype] = {}
+        self._kept: tuple[int, int, bool] | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 (or wider, if that is asked for) and rounded once."""
@@ -75,22 +78,31 @@ class PackedLinear(nn.Module):
 
         Of shares of inputs each computes a summand, and the first has the bias.
         """
-        codes = self._cut(share, of, outputs=outputs)
-        for name, value in codes.items():
+        for name, value in self._cut(self.codes(), share, of, outputs=outputs).items():
             self.register_buffer(name, value.clone())
+        self._kept = share, of, outputs
         if outputs:
             self.out_features //= of
         else:
             self.in_features //= of
         if self.bias is not None:
-            bias, frozen = self.bias.detach(), self.bias.requires_grad
-            if outputs:
-                bias = bias.view(of, -1)[share].clone()
-            elif share:
-                bias = torch.zeros_like(bias)
-            self.bias = nn.Parameter(bias, requires_grad=frozen)
+            self.bias = nn.Parameter(self.kept_bias(self.bias.detach()), requires_grad=self.bias.requires_grad)
 
-    def _cut(self, share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
+    def kept(self, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return of the codes of the whole layer what this one has kept."""
+        return dict(codes) if self._kept is None else self._cut(codes, *self._kept[:2], outputs=self._kept[2])
+
+    def kept_bias(self, bias: Float[Tensor, " outputs"]) -> Float[Tensor, " kept"]:
+        """Return of the bias of the whole layer what this one has kept."""
+        if self._kept is None:
+            return bias
+        share, of, outputs = self._kept
+        if outputs:
+            return bias.view(of, -1)[share].clone()
+        return torch.zeros_like(bias) if share else bias
+
+    def _cut(self, codes: Mapping[str, Tensor], share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
+        """Return a share of the codes of the whole layer."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -171,13 +183,12 @@ class GptqLinear(PackedLinear):
         """Return whether the codes can be cut into so many equal shares of outputs, or of inputs: at whole words."""
         return (self.out_features if outputs else self.in_features) % (of * gptq.period(self.layout.bits)) == 0
 
-    def _cut(self, share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
-        codes = self.codes()
+    def _cut(self, codes: Mapping[str, Tensor], share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
         if outputs:
             parts = {name: codes[name].chunk(of, 1)[share] for name in ("qweight", "qzeros", "scales")}
         else:  # an input says which group is its own, so all groups stay
             parts = {name: codes[name].chunk(of)[share] for name in ("qweight", "g_idx")}
-        return codes | parts
+        return {**codes, **parts}
 
     def problem(self) -> str | None:
         """Return what is wrong with the loaded codes, if anything is."""
@@ -212,16 +223,32 @@ class Nf4Linear(PackedLinear):
         """Return whether the codes can be cut into so many equal shares of outputs, or of inputs: at whole blocks."""
         return nf4.cuts((self.out_features, self.in_features), of, outputs=outputs)
 
-    def _cut(self, share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
-        shape = self.out_features, self.in_features
-        codes, self._place = nf4.cut(self.codes(), shape, share, of, outputs=outputs)
-        return codes
+    def _cut(self, codes: Mapping[str, Tensor], share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
+        parts, self._place = nf4.cut(codes, self.whole, share, of, outputs=outputs)
+        return parts
 
 
 LAYERS: dict[type[packed.Format], type[GptqLinear]] = {
     gptq.Format: GptqLinear,
 }
 """The layer of every packed format. To add one: a class above, a line here, its parser in checkpoint/packed.py."""
+
+
+def shell(layer: nn.Linear, form: str) -> PackedLinear:
+    """Return what `encode` would, on the meta device and with nothing in it.
+
+    Raises:
+        LlameroError: The form does not exist, or does not divide the layer.
+    """
+    inputs, outputs, bias = layer.in_features, layer.out_features, dict(layer.named_parameters()).get("bias")
+    double = refuse_form(inputs, outputs, form)
+    with torch.device("meta"):
+        if isinstance(double, bool):
+            packed: PackedLinear = Nf4Linear(inputs, outputs, double=double, bias=bias is not None)
+        else:
+            packed = GptqLinear(inputs, outputs, layout=double, bias=bias is not None)
+    return packed.train(layer.training)
+
 
 _RTN = re.compile(r"rtn-(?P<bits>[2348])bit-(?P<group>-1|[1-9]\d*)g")
 
@@ -237,30 +264,39 @@ def encode(layer: nn.Linear, form: str) -> PackedLinear:
     Raises:
         LlameroError: The form does not exist, or does not divide the layer.
     """
-    inputs, outputs, bias = layer.in_features, layer.out_features, dict(layer.named_parameters()).get("bias")
-    if form in ("nf4", "nf4-double"):
-        if layer.weight.numel() % nf4.BLOCK:
-            raise _does_not_fit(layer, form, f"its number of weights is no multiple of {nf4.BLOCK}")
-        coded: PackedLinear = Nf4Linear(inputs, outputs, double=form == "nf4-double", bias=bias is not None)
-        tensors = nf4.encode(layer.weight, double=form == "nf4-double")
+    coded, bias = shell(layer, form), dict(layer.named_parameters()).get("bias")
+    if isinstance(coded, GptqLinear):
+        layout = coded.layout
+        codes = gptq.encode(rtn.quantize(layer.weight.float(), bits=layout.bits, group_size=layout.group_size))
     else:
-        found = _RTN.fullmatch(form)
-        if found is None:
-            raise LlameroError(f"unknown packed form `{form}`", fix="nf4, nf4-double, or rtn-4bit-128g and its kin")
-        bits, group = int(found["bits"]), int(found["group"])
-        if inputs % gptq.MULTIPLE or outputs % gptq.MULTIPLE or (group > 0 and inputs % group):
-            raise _does_not_fit(layer, form, f"both must be multiples of {gptq.MULTIPLE}, and its inputs of the group")
-        layout = gptq.Format(bits, group, zero_offset=1)
-        coded = GptqLinear(inputs, outputs, layout=layout, bias=bias is not None)
-        tensors = gptq.encode(rtn.quantize(layer.weight.float(), bits=bits, group_size=group))
-    for name, tensor in tensors.items():
+        codes = nf4.encode(layer.weight, double=form == "nf4-double")
+    for name, tensor in codes.items():
         coded.register_buffer(name, tensor)
     coded.bias = bias
     return coded.train(layer.training)
 
 
-def _does_not_fit(layer: nn.Linear, form: str, why: str) -> LlameroError:
-    shape = f"{layer.in_features} inputs and {layer.out_features} outputs"
+def refuse_form(inputs: int, outputs: int, form: str) -> bool | gptq.Format:
+    """Return the layout of a packed form of a layer, or for nf4 whether its scales are quantized too.
+
+    Raises:
+        LlameroError: The form does not exist, or does not divide the layer.
+    """
+    shape = f"{inputs} inputs and {outputs} outputs"
+    if form in ("nf4", "nf4-double"):
+        if inputs * outputs % nf4.BLOCK:
+            raise _does_not_fit(shape, form, f"its number of weights is no multiple of {nf4.BLOCK}")
+        return form == "nf4-double"
+    found = _RTN.fullmatch(form)
+    if found is None:
+        raise LlameroError(f"unknown packed form `{form}`", fix="nf4, nf4-double, or rtn-4bit-128g and its kin")
+    bits, group = int(found["bits"]), int(found["group"])
+    if inputs % gptq.MULTIPLE or outputs % gptq.MULTIPLE or (group > 0 and inputs % group):
+        raise _does_not_fit(shape, form, f"both must be multiples of {gptq.MULTIPLE}, and its inputs of the group")
+    return gptq.Format(bits, group, zero_offset=1)
+
+
+def _does_not_fit(shape: str, form: str, why: str) -> LlameroError:
     return LlameroError(f"a layer with {shape} cannot be packed as `{form}`: {why}", fix="choose another form")
 
 

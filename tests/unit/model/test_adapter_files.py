@@ -170,6 +170,19 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model_alone(tmp_
     assert all(p.requires_grad for p in other.parameters())
 
 
+def test_a_base_on_the_hub_is_named_with_its_revision(tmp_path, monkeypatch):
+    model, config = llama(), AdapterConfig(lora=2)
+    save_model(model, tmp_path)
+    attach(model, config, seed=1)
+    save_adapter(model, config, tmp_path / "adapter", base="owner/base:v2")
+    stored = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("owner/base", "v2")
+    asked = []
+    monkeypatch.setattr("llamero.model.adapter_files.resolve_model", lambda name: asked.append(name) or tmp_path)
+    assert base_of(tmp_path / "adapter") == tmp_path
+    assert asked == ["owner/base:v2"]
+
+
 def test_the_base_is_found_by_its_name_or_beside_the_adapter(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -1,6 +1,7 @@
 """An adapter over several processes: losses, gradient norms, factors and the merged model are those of one process."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -100,6 +101,37 @@ def test_an_adapter_over_two_processes_is_that_of_one(two, expected, kind, numbe
 @pytest.mark.parametrize(("kind", "number"), cases(FOUR))
 def test_an_adapter_over_four_processes_is_that_of_one(four, expected, kind, number):
     assert_same(four[f"{kind} {number}"], expected[kind])
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_on_from_four_processes_to_two_to_one(tmp_path):
+    about = {"adapter": {"packed": "nf4", "dropout": 0.3}, "shape": WIDE, "stage": {"steps": 6, "save_every": 2}}
+    whole = layouts.run([{"name": "whole", **about}], processes=1, where=tmp_path / "whole")["whole"]
+
+    def cut(processes, parallel, step):
+        order = {"name": "cut", **about, "parallel": parallel, "directory": str(tmp_path / "shared")}
+        order["stop"] = {"rank": 0, "signal": int(signal.SIGTERM), "step": step}
+        ended = layouts.end(layouts.start([order], processes=processes, where=tmp_path / f"of{processes}"))
+        assert {code for code, _ in ended} == {130}, ended
+
+    cut(4, {"tensor": 2}, 2)
+    cut(2, {"pipeline": 2, "micro_batch": 4}, 3)
+    order = {"name": "last", **about, "directory": str(tmp_path / "shared")}
+    last = layouts.run([order], processes=1, where=tmp_path / "one")["last"]
+    assert [line["step"] for line in last.lines] == [1, 2, 3, 4, 5, 6]
+    found = layouts.differences(last, whole)
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [None, "nf4"])
+def test_a_frozen_base_of_bfloat16_learns_alike_over_processes(tmp_path, packed):
+    about = {"adapter": {"dtype": "bfloat16", "packed": packed}, "shape": WIDE, "stage": {"precision": "bfloat16"}}
+    alone = layouts.run([{"name": "alone", **about}], processes=1, where=tmp_path / "one")["alone"]
+    several = [{"name": name, **about, "parallel": {axis: 2}} for name, axis in (("data", "shard"), ("cut", "tensor"))]
+    for result in layouts.run(several, processes=2, where=tmp_path / "two").values():
+        found = layouts.differences(result, alone)
+        assert max(found[key] for key in ("loss", "grad_norm", "validation_loss")) < 0.03, found
 
 
 def model():
