@@ -4,6 +4,7 @@ LoRA (Hu et al. 2021, arXiv:2106.09685); QLoRA (Dettmers et al. 2023, arXiv:2305
 layers. The adapter of a model is what requires a gradient, no more and no less; its parameters are named as PEFT's.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -51,13 +52,7 @@ class LoraLinear(nn.Module):
 
     def initialize(self, *, seed: int, name: str, gaussian: bool) -> None:
         """Draw the first factor, by the layer's name so that every layout draws the same; the second is zero."""
-        rank, inputs = self.lora_A.weight.shape
-        generator = generator_of(name, seed=seed)
-        drawn = torch.empty(rank, inputs)
-        if gaussian:
-            nn.init.normal_(drawn, std=1 / rank, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+        drawn = first_factor(name, self.lora_A.weight.shape, seed=seed, gaussian=gaussian)
         with torch.no_grad():
             self.lora_A.weight.copy_(drawn)
             self.lora_B.weight.zero_()
@@ -74,6 +69,21 @@ class LoraLinear(nn.Module):
     def update(self) -> Float[Tensor, "out d"]:
         """Return what the adapter adds to the weight."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
+
+def first_factor(name: str, shape: Sequence[int], *, seed: int, gaussian: bool) -> Float[Tensor, "rank d"]:
+    """Return the first factor of a layer's update as it begins, drawn by the layer's name.
+
+    Args:
+        name: Of the layer.
+        shape: (rank, d).
+        seed: Of the run.
+        gaussian: Whether it is normal, rather than uniform as a linear layer's weight.
+    """
+    drawn, generator = torch.empty(*shape), generator_of(name, seed=seed)
+    if gaussian:
+        return nn.init.normal_(drawn, std=1 / shape[0], generator=generator)
+    return nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
 
 
 def updated(
@@ -119,7 +129,8 @@ def attach(
     for parameter in trained:  # what is trained is float32 under a base of any precision
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     for name, layer in updates(model).items():
-        layer.initialize(seed=seed, name=name, gaussian=config.init == "gaussian")
+        if not layer.lora_A.weight.is_meta:
+            layer.initialize(seed=seed, name=name, gaussian=config.init == "gaussian")
     if config.dropout:
         for block in model.model.layers:
             block.register_forward_pre_hook(_hand_over, with_kwargs=True)

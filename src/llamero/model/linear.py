@@ -170,6 +170,12 @@ class GptqLinear(PackedLinear):
         for name, spec in gptq.specs(inputs, outputs, bits=layout.bits, groups=layout.groups(inputs)).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the codes of all of the layer."""
+        outputs, inputs = self.whole
+        specs = gptq.specs(inputs, outputs, bits=self.layout.bits, groups=self.layout.groups(inputs))
+        return {name: spec.shape for name, spec in specs.items()}
+
     def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 (float64 if that is asked for) and rounded once."""
         work = torch.promote_types(dtype, torch.float32)
@@ -190,9 +196,10 @@ class GptqLinear(PackedLinear):
             parts = {name: codes[name].chunk(of)[share] for name in ("qweight", "g_idx")}
         return {**codes, **parts}
 
-    def problem(self) -> str | None:
-        """Return what is wrong with the loaded codes, if anything is."""
-        groups, low, high = len(self.scales), int(self.g_idx.min()), int(self.g_idx.max())
+    def problem(self, codes: Mapping[str, Tensor] | None = None) -> str | None:
+        """Return what is wrong with the loaded codes, or with others of a layer like this one, if anything is."""
+        found = codes or self.codes()
+        groups, low, high = len(found["scales"]), int(found["g_idx"].min()), int(found["g_idx"].max())
         if low < 0 or high >= groups:
             return f"g_idx names groups {low} to {high}, there are {groups}"
         return None
@@ -305,3 +312,11 @@ def pack(blocks: nn.Module, form: str) -> None:
     for name, layer in list(blocks.named_modules()):
         if isinstance(layer, nn.Linear):
             blocks.set_submodule(name, encode(layer, form))
+
+
+def shells(model: nn.Module, form: str) -> list[str]:
+    """Replace every plain linear layer of a model's decoder layers by what `pack` would, empty; return their names."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")}
+    for name, layer in found.items():
+        model.set_submodule(name, shell(layer, form))
+    return list(found)

@@ -50,7 +50,7 @@ def load_model(
     layout = packed.read_format(directory)
     tensors = hf.open_tensors(directory)
     if layout is not None:
-        _make_room_for_codes(model, tensors, layout)
+        make_room_for_codes(model, tensors, layout)
     fill(model, tensors, dtype=dtype, device=device, pack=pack)
     _check_codes(model, tensors)
     return model.eval()
@@ -73,7 +73,7 @@ def load_block(
     return block.eval()
 
 
-def _make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format) -> None:
+def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format) -> None:
     """Replace the layers that the files hold packed."""
     layer = LAYERS[type(layout)]
     plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

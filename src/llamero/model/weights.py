@@ -1,16 +1,19 @@
 """Where the parameters of a model come from: any rectangle of any of them, so that a process reads its own alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from llamero.checkpoint import hf
+from llamero.checkpoint import hf, peft
 from llamero.checkpoint.hf import Region
 from llamero.core.errors import LlameroError
+from llamero.model.adapter_config import AdapterConfig
+from llamero.model.adapters import first_factor
+from llamero.model.linear import GptqLinear, PackedLinear, encode, linear
 from llamero.model.llama import Llama, fresh
 from llamero.model.load import EMBEDDING, HEAD, stored_names
 
@@ -62,7 +65,7 @@ class Fresh:
 
 
 class Stored:
-    """Weights of a directory that is not quantized, in the dtype of its files.
+    """Weights of a directory, in the dtype of its files; codes of packed layers are there under their names.
 
     Args:
         model: Shapes of the parameters; may be without storage.
@@ -75,7 +78,7 @@ class Stored:
     def __init__(self, model: Llama, tensors: hf.Tensors) -> None:
         self._tensors = tensors
         self._names = stored_names(model, tensors)
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             source = self._names[name]
             found, expected = tensors.specs[source], tuple(parameter.shape)
             if found.shape != expected:
@@ -179,3 +182,52 @@ class Grown:
 
     def _some(self, name: str, start: int, stop: int) -> Float[Tensor, "rows dim"]:
         return self.of.part(name, (slice(start, stop), slice(0, self.width)))
+
+
+class Adapted:
+    """Weights of a model with an adapter: those of its base, and factors as they begin.
+
+    Args:
+        of: Weights of the base.
+        model: With its adapter attached and before it is spread; may be without storage.
+        config: What it was attached by.
+        seed: Decides the first factors.
+        encoded: Layers whose codes are made as their weights come; those of others are read.
+    """
+
+    def __init__(
+        self, of: Weights, model: Llama, config: AdapterConfig, *, seed: int, encoded: Collection[str] = ()
+    ) -> None:
+        self._of, self._config, self._seed, self._encoded = of, config, seed, frozenset(encoded)
+        self._factors = {n: p.shape for n, p in model.named_parameters() if n.endswith(peft.FACTORS)}
+        self._dtype = next((p.dtype for p in model.parameters() if not p.requires_grad), torch.float32)
+
+    def part(self, name: str, region: Region) -> Tensor:
+        """Return a rectangle of a parameter; the second factor of an update begins at zero."""
+        if name not in self._factors:
+            return self._of.part(name.replace(".base.", "."), region)
+        shape, (first, _) = self._factors[name], peft.FACTORS
+        if not name.endswith(first):
+            return torch.zeros(*shape)[region]
+        layer, gaussian = name.removesuffix(f".{first}"), self._config.init == "gaussian"
+        return first_factor(layer, shape, seed=self._seed, gaussian=gaussian)[region]
+
+    def codes(self, name: str, layer: PackedLinear) -> dict[str, Tensor]:
+        """Return the codes of all of a packed layer, of which `layer` may have kept a share.
+
+        Raises:
+            LlameroError: If stored codes name groups that do not exist.
+        """
+        name = name.removesuffix(".base")
+        if name in self._encoded:
+            assert self._config.base is not None
+            outputs, inputs = layer.whole
+            plain = linear(inputs, outputs, bias=False)
+            weight = self._of.part(f"{name}.weight", everything(layer.whole)).to(self._dtype)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            return encode(plain, self._config.base).codes()
+        assert isinstance(layer, GptqLinear)
+        found = {leaf: self._of.part(f"{name}.{leaf}", everything(shape)) for leaf, shape in layer.shapes().items()}
+        if problem := layer.problem(found):
+            raise LlameroError(f"`{name}`: {problem}", where="codes of the base", fix="download it again")
+        return found

@@ -19,6 +19,7 @@ from llamero.core.errors import LlameroError
 from llamero.model.adapters import LoraLinear, updated
 from llamero.model.linear import PackedLinear
 from llamero.model.llama import Llama
+from llamero.model.weights import Adapted, Weights, everything
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.part import Part, canonical
 
@@ -165,6 +166,35 @@ def freeze_codes(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, PackedLinear):
             module.freeze()
+
+
+def packed_layers(part: Part) -> dict[str, PackedLinear]:
+    """Return the packed layers of a part, by name."""
+    return {canonical(name): layer for name, layer in part.named_modules() if isinstance(layer, PackedLinear)}
+
+
+def fill_codes(name: str, layer: PackedLinear, weights: Weights) -> None:
+    """Give a packed layer this process's share of its codes, and of its bias; one whole layer is held beside it.
+
+    Args:
+        name: Of the layer.
+        layer: With storage.
+        weights: Of a model with an adapter (`Adapted`).
+    """
+    if not isinstance(weights, Adapted):
+        raise ValueError(f"`{name}` is packed, and nobody says where its codes come from")
+    for leaf, value in layer.kept(weights.codes(name, layer)).items():
+        slot = getattr(layer, leaf)
+        _put(slot, value.contiguous().view(torch.uint8) if isinstance(slot, nn.Parameter) else value)
+    if layer.bias is not None:
+        _put(layer.bias, layer.kept_bias(weights.part(f"{name}.bias", everything(layer.whole[:1]))))
+
+
+def _put(slot: Tensor, value: Tensor) -> None:
+    if isinstance(slot, DTensor):
+        value = distribute_tensor(value, slot.device_mesh, slot.placements, src_data_rank=None).to_local()
+        slot = slot.to_local()
+    slot.copy_(value)
 
 
 # -- the plain model

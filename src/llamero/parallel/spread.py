@@ -28,7 +28,15 @@ from llamero.checkpoint.hf import Region, Spec
 from llamero.core import progress
 from llamero.model.llama import Llama
 from llamero.model.weights import Weights, everything
-from llamero.parallel.adapted import Plain, adapted_layers, plain_specs, refuse_cuts, whole
+from llamero.parallel.adapted import (
+    Plain,
+    adapted_layers,
+    fill_codes,
+    packed_layers,
+    plain_specs,
+    refuse_cuts,
+    whole,
+)
 from llamero.parallel.layout import layers_of, refuse_impossible
 from llamero.parallel.part import Micro, Part
 from llamero.parallel.shard import shard
@@ -116,7 +124,14 @@ class Spread:
             weights: Where from.
             trained: Also those that are not frozen.
         """
-        named = {name: p for name, p in self.named().items() if trained or name not in self.trained}
+        packed = {name: layer for part in self.parts for name, layer in packed_layers(part).items()}
+        for name, layer in packed.items():
+            fill_codes(name, layer, weights)
+        named = {
+            name: p
+            for name, p in self.named().items()
+            if (trained or name not in self.trained) and name.rpartition(".")[0] not in packed
+        }
         for name, parameter in progress.track(named.items(), "load", unit="tensors"):
             put_share(parameter, partial(weights.part, name))
 

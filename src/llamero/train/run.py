@@ -25,6 +25,7 @@ from llamero.engine.stage import StageConfig
 from llamero.model.adapter_files import describe, stream_adapter
 from llamero.model.adapters import attach, trainable
 from llamero.model.config import LlamaConfig
+from llamero.model.linear import shells
 from llamero.model.llama import Llama
 from llamero.model.load import (
     DTYPES,
@@ -32,11 +33,11 @@ from llamero.model.load import (
     HEAD,
     empty_model,
     load_config,
-    load_model,
+    make_room_for_codes,
     write_config,
 )
 from llamero.model.rope import Default
-from llamero.model.weights import Fresh, Grown, Held, NewRows, Stored, Weights, everything
+from llamero.model.weights import Adapted, Fresh, Grown, Held, NewRows, Stored, Weights, everything
 from llamero.parallel.adapted import plain_specs
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.spread import Spread
@@ -112,7 +113,6 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
 
     adapter = None
     if stage.adapter is not None:
-        attach(model, stage.adapter, seed=seed, grown=new > 0)
         adapter = describe(model, stage.adapter, base=hub_name or str(start))
     trained = sum(parameter.numel() for parameter in trainable(model))
     probe = probe_of(stage, model, vocabulary)
@@ -291,12 +291,16 @@ def _model(
         model = empty_model(fresh_config(start, tokenizer))
         return model, Fresh(model, seed), len(tokenizer)
     known = _known(load_tokenizer(start), tokenizer, where=start)
+    model, weights, new = _stored(start, len(tokenizer), known=known, new_rows=new_rows, stage=stage)
     if stage.adapter is None:
-        return _stored(start, len(tokenizer), known=known, new_rows=new_rows, where=where)
+        return model, weights, new
     # frozen weights rest in the precision that they are used in; those that are trained in float32
     half = autocast(stage, device_of(parallel)) is not None
-    model = load_model(start, dtype=torch.bfloat16 if half else torch.float32, pack=stage.adapter.base)
-    return model, None, grow_vocabulary(model, len(tokenizer), known=known, new_rows=new_rows)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
+    encoded = [] if stage.adapter.base is None else shells(model, stage.adapter.base)
+    attach(model, stage.adapter, seed=seed, grown=new > 0)
+    return model, Adapted(weights, model, stage.adapter, seed=seed, encoded=encoded), new
 
 
 def _known(old: Tokenizer, tokenizer: Tokenizer, *, where: Path) -> int:
@@ -312,21 +316,29 @@ def _known(old: Tokenizer, tokenizer: Tokenizer, *, where: Path) -> int:
     return len(old)
 
 
-def _stored(start: Path, size: int, *, known: int, new_rows: NewRows, where: str) -> tuple[Llama, Weights | None, int]:
+def _stored(start: Path, size: int, *, known: int, new_rows: NewRows, stage: StageConfig) -> tuple[Llama, Weights, int]:
     """Return a model on the meta device that knows `size` tokens, and what it is to be filled with."""
+    where = f"stage {stage.name}"
     if peft.is_adapter(start):
-        raise LlameroError(
-            f"`{start}` is an adapter, and the stage has none", where=where, fix="start from the merged model"
-        )
-    if packed.read_format(start) is not None:
+        raise LlameroError(f"`{start}` is an adapter, no model", where=where, fix="start from the merged model")
+    layout = packed.read_format(start)
+    if layout is not None and stage.adapter is None:
         raise LlameroError("a packed model cannot be trained itself", where=where, fix="give the stage an `adapter`")
-    model = empty_model(load_config(start))
-    weights, rows = Stored(model, open_tensors(start)), model.config.vocab_size
-    known = min(known, rows)
+    tensors, config = open_tensors(start), load_config(start)
+
+    def empty(rows: int) -> Llama:
+        model = empty_model(replace(config, vocab_size=rows))
+        if layout is not None:
+            make_room_for_codes(model, tensors, layout)
+        return model
+
+    rows = config.vocab_size
+    model, known = empty(rows), min(known, rows)
+    weights = Stored(model, tensors)
     if size <= known:
         return model, weights, 0
-    grown = empty_model(replace(model.config, vocab_size=max(rows, size)))
-    return grown, Grown(weights, rows, model.config.hidden_size, known, size, new_rows), size - known
+    grown = Grown(weights, rows, config.hidden_size, known, size, new_rows)
+    return empty(max(rows, size)), grown, size - known
 
 
 def fresh_config(shape: ShapeConfig, tokenizer: Tokenizer) -> LlamaConfig:
