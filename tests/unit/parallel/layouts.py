@@ -217,13 +217,15 @@ def work(order: Order, where: Path) -> None:
     parallel = ParallelConfig.model_validate(processes | order.get("parallel", {}))
     directory = Path(order.get("directory", where / "run"))
     model = _model(shape)
+    weights = None
     if "adapter" in order:
-        _adapt(model, dict(order["adapter"]))
+        model, weights = _adapt(model, dict(order["adapter"]))
     if "stop" in order and int(os.environ["RANK"]) == order["stop"]["rank"]:
         _stop(model, **order["stop"])
     with _counted() as calls:
         probe = _probe(model) if order.get("probe", True) else None
-        train(model, batches, stage, directory, parallel=parallel, validation=held, export=export, probe=probe)
+        keys: dict[str, Any] = {"parallel": parallel, "validation": held, "probe": probe, "weights": weights}
+        train(model, batches, stage, directory, export=export, **keys)
     if os.environ["RANK"] == "0":
         (where / "calls.json").write_text(json.dumps(calls))
         lines = read_lines(directory / "metrics.jsonl")
@@ -260,21 +262,32 @@ def _counted() -> Iterator[dict[str, int]]:
         setattr(dist, name, function)
 
 
-def _adapt(model: Any, config: dict[str, Any]) -> None:
-    """Attach an adapter whose both factors matter from the first step on."""
+def _adapt(model: Any, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Attach an adapter whose both factors matter from the first step on, or one that is yet to be filled."""
     import torch
 
     from llamero.model.adapter_config import AdapterConfig
     from llamero.model.adapters import attach, updates
-    from llamero.model.linear import pack
+    from llamero.model.linear import pack, shells
+    from llamero.model.load import empty_model
+    from llamero.model.weights import Adapted, Held
 
+    form, streamed = config.pop("packed", None), config.pop("streamed", None)
     model.to(getattr(torch, config.pop("dtype", "float32")))
-    if form := config.pop("packed", None):
+    said = AdapterConfig.model_validate({"lora": 4, "base": form, **config})
+    if streamed:
+        empty = empty_model(model.config)
+        encoded = shells(empty, form) if form else []
+        attach(empty, said, seed=1)
+        return empty, Adapted(Held(model), empty, said, seed=1, encoded=encoded)
+    if form:
         pack(model.model.layers, form)
-    attach(model, AdapterConfig.model_validate({"lora": 4, **config}), seed=1)
-    generator = torch.Generator().manual_seed(1)
-    for layer in updates(model).values():
-        torch.nn.init.normal_(layer.lora_B.weight, std=0.1, generator=generator)
+    attach(model, said, seed=1)
+    if streamed is None:
+        generator = torch.Generator().manual_seed(1)
+        for layer in updates(model).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1, generator=generator)
+    return model, None
 
 
 def _probe(model: Any) -> Any:

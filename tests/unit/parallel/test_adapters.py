@@ -57,13 +57,17 @@ FOUR = {
 }
 
 
+STREAMED = [("nf4-double", {"tensor": 2}), ("nf4", {"offload": True}), ("rtn-4bit-32g", {"pipeline": 2}), (None, {})]
+"""Forms whose layers are read as they are spread."""
+
+
 def cases(layouts):
     return [(kind, number) for kind, found in layouts.items() for number in range(len(found))]
 
 
 def ordered(found):
     return [
-        {"name": f"{kind} {number}", "parallel": parallel, **KINDS[kind]}
+        {"name": f"{kind} {number}", "parallel": parallel, "probe": False, **KINDS[kind]}
         for kind, several in found.items()
         for number, parallel in enumerate(several)
     ]
@@ -71,7 +75,7 @@ def ordered(found):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    orders = [{"name": kind, **about} for kind, about in KINDS.items()]
+    orders = [{"name": kind, "probe": False, **about} for kind, about in KINDS.items()]
     return layouts.run(orders, processes=1, where=tmp_path_factory.mktemp("alone"))
 
 
@@ -98,6 +102,29 @@ def test_an_adapter_over_two_processes_is_that_of_one(two, expected, kind, numbe
 
 
 @pytest.mark.slow
+def test_a_base_that_is_read_as_it_is_spread_is_the_same(tmp_path):
+    about = {
+        "shape": WIDE,
+        "stage": {"eps": 1e-3},
+        "probe": False,
+    }  # the second factor begins at zero, as nearly do its gradients
+    whole = [{"name": f"{form}", "adapter": {"packed": form, "streamed": False}, **about} for form, _ in STREAMED]
+    parts = [
+        {"name": f"{form}", "adapter": {"packed": form, "streamed": True}, "parallel": parallel, **about}
+        for form, parallel in STREAMED
+    ]
+    expected = layouts.run(whole, processes=1, where=tmp_path / "one")
+    for name, result in layouts.run(parts, processes=2, where=tmp_path / "two").items():
+        found = layouts.differences(result, expected[name])
+        assert max(found.values()) < TOLERANCE, (name, found)
+    tensor = [{**parts[0], "parallel": {"tensor": 2}}]
+    found = layouts.differences(
+        layouts.run(tensor, processes=4, where=tmp_path / "four")["nf4-double"], expected["nf4-double"]
+    )
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), cases(FOUR))
 def test_an_adapter_over_four_processes_is_that_of_one(four, expected, kind, number):
     assert_same(four[f"{kind} {number}"], expected[kind])
@@ -105,7 +132,12 @@ def test_an_adapter_over_four_processes_is_that_of_one(four, expected, kind, num
 
 @pytest.mark.slow
 def test_an_adapter_goes_on_from_four_processes_to_two_to_one(tmp_path):
-    about = {"adapter": {"packed": "nf4", "dropout": 0.3}, "shape": WIDE, "stage": {"steps": 6, "save_every": 2}}
+    about = {
+        "adapter": {"packed": "nf4", "dropout": 0.3},
+        "shape": WIDE,
+        "stage": {"steps": 6, "save_every": 2},
+        "probe": False,
+    }
     whole = layouts.run([{"name": "whole", **about}], processes=1, where=tmp_path / "whole")["whole"]
 
     def cut(processes, parallel, step):
@@ -126,7 +158,12 @@ def test_an_adapter_goes_on_from_four_processes_to_two_to_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [None, "nf4"])
 def test_a_frozen_base_of_bfloat16_learns_alike_over_processes(tmp_path, packed):
-    about = {"adapter": {"dtype": "bfloat16", "packed": packed}, "shape": WIDE, "stage": {"precision": "bfloat16"}}
+    about = {
+        "adapter": {"dtype": "bfloat16", "packed": packed},
+        "shape": WIDE,
+        "stage": {"precision": "bfloat16"},
+        "probe": False,
+    }
     alone = layouts.run([{"name": "alone", **about}], processes=1, where=tmp_path / "one")["alone"]
     several = [{"name": name, **about, "parallel": {axis: 2}} for name, axis in (("data", "shard"), ("cut", "tensor"))]
     for result in layouts.run(several, processes=2, where=tmp_path / "two").values():
