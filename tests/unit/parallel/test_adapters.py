@@ -107,7 +107,7 @@ def test_a_base_that_is_read_as_it_is_spread_is_the_same(tmp_path):
         "shape": WIDE,
         "stage": {"eps": 1e-3},
         "probe": False,
-    }  # the second factor begins at zero, as nearly do its gradients
+    }
     whole = [{"name": f"{form}", "adapter": {"packed": form, "streamed": False}, **about} for form, _ in STREAMED]
     parts = [
         {"name": f"{form}", "adapter": {"packed": form, "streamed": True}, "parallel": parallel, **about}
