@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,8 @@ class Order(TypedDict, total=False):
     """Of checkpoints and metrics, to go on with those of another order; one of its own where it is not given."""
     probe: bool
     """Whether something is asked on the way, which fetches weights once more."""
+    slow: int
+    """Rank that waits a while for its data."""
     stop: dict[str, int]
     """`rank` sends itself `signal` in the forward pass of `step`."""
 
@@ -222,6 +225,8 @@ def work(order: Order, where: Path) -> None:
         model, weights = _adapt(model, dict(order["adapter"]))
     if "stop" in order and int(os.environ["RANK"]) == order["stop"]["rank"]:
         _stop(model, **order["stop"])
+    if order.get("slow") == int(os.environ["RANK"]):
+        _wait_for_data(batches)
     with _counted() as calls:
         probe = _probe(model) if order.get("probe", True) else None
         keys: dict[str, Any] = {"parallel": parallel, "validation": held, "probe": probe, "weights": weights}
@@ -309,6 +314,16 @@ def _probe(model: Any) -> Any:
 
     questions = [[([3, 4, 5], [6]), ([3, 4, 5], [7, 8, 9])], [([10], [11, 12]), ([10, 11], [60])]]
     return Probe(2, questions, judge, speak)
+
+
+def _wait_for_data(batches: Any, seconds: float = 1.5) -> None:
+    assemble = batches.assemble
+
+    def late(rows: Any) -> Any:
+        time.sleep(seconds)
+        return assemble(rows)
+
+    batches.assemble = late
 
 
 def _stop(model: Any, *, rank: int, signal: int, step: int) -> None:
