@@ -46,7 +46,9 @@ class Outcome:
     tokens: int
     supervised_tokens: int
     loss: float
-    """Of the last step."""
+    """Of the exported step."""
+    exported_step: int
+    """The last, or that of the best validation."""
     validation_loss: float | None
     validation_accuracy: float | None
     """Share of the supervised tokens that are the likeliest."""
@@ -139,18 +141,17 @@ def train(  # noqa: PLR0913  (all that a stage is)
                 saver.wait()
                 raise Interrupted(f"stage {stage.name} is saved after step {done} of {batches.steps}")
     with world.missing_named():
-        if stage.export_best:
-            _take_best(checkpoints, spread, optimizer)
+        exported = _take_best(checkpoints, spread, optimizer) if stage.export_best else batches.steps
         if stage.export_optimizer:
             save_moments(directory, spread=spread, optimizer=optimizer)
-        outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl")) if world.speaks else None)
+        outcome = world.told(_outcome(read_lines(directory / "metrics.jsonl"), exported) if world.speaks else None)
         assert outcome is not None
         export(spread)
     return outcome
 
 
-def _take_best(checkpoints: Path, spread: Spread, optimizer: torch.optim.Optimizer) -> None:
-    """Go back to the checkpoint with the lowest validation loss."""
+def _take_best(checkpoints: Path, spread: Spread, optimizer: torch.optim.Optimizer) -> int:
+    """Go back to the checkpoint with the lowest validation loss and return its step."""
     world = spread.world
     best = world.told(best_of(resume.finished(checkpoints)) if world.speaks else None)
     if best is None:
@@ -160,7 +161,7 @@ def _take_best(checkpoints: Path, spread: Spread, optimizer: torch.optim.Optimiz
             fix="remove this directory: the stage begins again",
         )
     step = int(best.name.removeprefix("step-"))
-    resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world, step=step)
+    return resume.load(checkpoints, weights=spread.named(), optimizer=optimizer, world=world, step=step)
 
 
 def _begin(
@@ -213,15 +214,17 @@ def autocast(stage: StageConfig, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def _outcome(lines: list[dict[str, float]]) -> Outcome:
+def _outcome(lines: list[dict[str, float]], exported: int) -> Outcome:
     """Return the sum of a stage, over all the runs that it took."""
+    line = lines[exported - 1]
     return Outcome(
         steps=len(lines),
         tokens=int(sum(line["tokens"] for line in lines)),
         supervised_tokens=int(sum(line["supervised_tokens"] for line in lines)),
-        loss=lines[-1]["loss"],
-        validation_loss=lines[-1].get("validation_loss"),
-        validation_accuracy=lines[-1].get("validation_accuracy"),
+        loss=line["loss"],
+        exported_step=exported,
+        validation_loss=line.get("validation_loss"),
+        validation_accuracy=line.get("validation_accuracy"),
     )
 
 

@@ -148,6 +148,7 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "supervised_tokens": outcome.supervised_tokens,
+        "exported_step": outcome.exported_step,
         "loss": outcome.loss,
         "validation_loss": outcome.validation_loss,
         "validation_accuracy": outcome.validation_accuracy,

@@ -323,20 +323,22 @@ def overfit(make_model, make_stage, make_data, tmp_path):
 
         held = make_data(9, seed=3).batches(stage)
         batches, parallel = make_data(30).batches(stage), ParallelConfig(device="cpu")
-        train(model, batches, stage, tmp_path / name, parallel=parallel, validation=held, export=export)
-        return read_lines(tmp_path / name / "metrics.jsonl"), exported
+        outcome = train(model, batches, stage, tmp_path / name, parallel=parallel, validation=held, export=export)
+        return read_lines(tmp_path / name / "metrics.jsonl"), exported, outcome
 
     return run
 
 
 def test_the_best_checkpoint_becomes_the_model(overfit, tmp_path):
-    lines, best = overfit("best", export_best=True, keep=1)
+    lines, best, outcome = overfit("best", export_best=True, keep=1)
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     step = min(losses, key=lambda step: losses[step])
     assert 2 <= step < 12
     assert names(tmp_path / "best" / "checkpoints") == [f"step-{step:08}", "step-00000012"]
-    _, expected = overfit("short", steps=step)
-    _, last = overfit("last")
+    assert (outcome.steps, outcome.exported_step, outcome.validation_loss) == (12, step, losses[step])
+    assert outcome.loss == lines[step - 1]["loss"]
+    _, expected, _ = overfit("short", steps=step)
+    _, last, _ = overfit("last")
     for name, value in expected.items():
         assert torch.equal(best[name], value), name
     assert any(not torch.equal(best[name], value) for name, value in last.items())
