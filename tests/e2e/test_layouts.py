@@ -80,3 +80,15 @@ def test_a_layout_gives_what_one_process_gives(results, expected, processes, nam
 def test_steps_of_as_many_samples_are_the_same_in_a_pipeline(results, expected):
     found = layouts.differences(results(4, "samples"), expected["samples"])
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_once_for_all_lengths_of_documents(tmp_path):
+    stage = {"dropout": {"hidden": 0.2}, "steps": 6}
+    ways = {"plain": {}, "compiled": {"compile": True}, "selective": {"compile": True, "recompute": "selective"}}
+    orders = [{"name": name, "stage": stage, "parallel": parallel} for name, parallel in ways.items()]
+    found = layouts.run(orders, processes=1, where=tmp_path)
+    for name in ("compiled", "selective"):
+        assert max(layouts.differences(found[name], found["plain"]).values()) < 1e-5
+        # one program for training and one for validation, for four layers and six steps of other lengths
+        assert (found[name].calls["graphs"], found[name].calls["breaks"]) == (2, 0)

@@ -55,7 +55,9 @@ class ParallelConfig(Strict):
     offload: bool = False
     """Weights, gradients and optimizer rest in CPU memory (needs `shard` or `replicate` above 1)."""
     compile: bool = False
-    """Compile what of each layer does not depend on the lengths of documents: norms and MLP."""
+    """Compile each layer as a whole, once for all lengths of documents: attention is one operator in it, and only
+    `dropout.attention`, which needs a loop over documents, breaks it in two. Changes speed, not the result; the first
+    step takes a minute or more."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients are summed over devices."""
 

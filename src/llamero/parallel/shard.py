@@ -38,11 +38,11 @@ def shard(part: Part, world: World, *, precision: torch.dtype | None = None) -> 
     if world.mesh is not None and parallel.tensor > 1:
         _over_tensor(part, world.mesh["tensor"], sequence=parallel.sequence_parallel, sharded=parallel.sharded)
     for number, block in list(part.layers.items()):
-        if parallel.compile:  # attention stays out: it depends on the lengths of documents, which always change
-            for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
-                block.get_submodule(name).compile(dynamic=True)
         if parallel.recompute != "none":
-            part.layers[number] = _recomputed(block, selective=parallel.recompute == "selective")
+            part.layers[number] = block = _recomputed(block, selective=parallel.recompute == "selective")
+        if parallel.compile:
+            # `forward` and not the module: the hooks of FSDP stay outside
+            block.forward = torch.compile(block.forward, dynamic=True)
     if world.mesh is not None and parallel.data > 1:
         _over_data(part, world.mesh, parallel, precision)
 

@@ -73,7 +73,7 @@ class Result(NamedTuple):
     """Of metrics.jsonl."""
     weights: dict[str, Any]
     calls: dict[str, int]
-    """How often the first process fetched weights and summed gradients."""
+    """How often the first process fetched weights and summed gradients, and what it compiled."""
 
 
 def start(orders: list[Any], *, processes: int, where: Path, script: str = __file__) -> list[subprocess.Popen[str]]:
@@ -242,7 +242,9 @@ def work(order: Order, where: Path) -> None:
 
 @contextmanager
 def _counted() -> Iterator[dict[str, int]]:
-    """Count the collectives of FSDP; what they are called depends on torch's version."""
+    """Count what is compiled, and the collectives of FSDP; what they are called depends on torch's version."""
+    import torch
+    import torch._dynamo.utils
     import torch.distributed as dist
 
     kinds = {
@@ -262,7 +264,10 @@ def _counted() -> Iterator[dict[str, int]]:
 
     for (kind, name), function in real.items():
         setattr(dist, name, counting(kind, function))
+    torch._dynamo.utils.counters.clear()
     yield calls
+    calls["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    calls["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     for (_, name), function in real.items():
         setattr(dist, name, function)
 
