@@ -90,5 +90,7 @@ def test_layers_are_compiled_once_for_all_lengths_of_documents(tmp_path):
     found = layouts.run(orders, processes=1, where=tmp_path)
     for name in ("compiled", "selective"):
         assert max(layouts.differences(found[name], found["plain"]).values()) < 1e-5
-        # one program for training and one for validation, for four layers and six steps of other lengths
-        assert (found[name].calls["graphs"], found[name].calls["breaks"]) == (2, 0)
+        # one program for training and one for validation, for four layers and six steps of other lengths; and one
+        # more where the first sizes happen to be equal that later are not
+        assert 2 <= found[name].calls["graphs"] <= 3
+        assert not found[name].calls["breaks"]
