@@ -125,9 +125,9 @@ _SHOWN = ("rtx4090", "a6000", "a100-80gb", "h200")
 def _say_served(made: Plan) -> None:
     out.rule("[bold]to run it", align="left")
     kinds = [hardware.ACCELERATORS[name] for name in _SHOWN]
-    table = Table("GiB", box=None, padding=(0, 1))
+    table = Table(Column("GiB", no_wrap=True), box=None, padding=(0, 1))
     for name in ("weights", "KV", "all", *(kind.name.removesuffix(" SXM") for kind in kinds)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for form in made.served:
         if form.memory is None:
             out.print(f"{form.form}: {form.unknown}", highlight=False)

@@ -169,8 +169,10 @@ def test_what_the_release_needs_to_run(recipe, counted):
 
 def test_the_command_prints_what_a_terminal_of_80_columns_shows(recipe, counted, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    variants = "quantize={calibration: {mixture: chat}, variants: [gptq-4bit-32g-actorder_True]}"
+    arguments = ["--on", "h100", "--best", "2", "--tokens", "second=16000", "--set", variants]
     with pytest.raises(SystemExit) as end:
-        main(["plan", str(recipe), "--on", "h100", "--best", "2", "--tokens", "second=16000"])
+        main(["plan", str(recipe), *arguments])
     assert not end.value.code
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
