@@ -25,6 +25,8 @@ class Order(TypedDict, total=False):
     """Of a fresh model, as Hugging Face writes it."""
     grow: dict[str, Any]
     """`known` and `size` of its vocabulary, and `new_rows`."""
+    adapter: dict[str, Any]
+    """Attached to it."""
     parallel: dict[str, Any]
     save: bool
     """Whether to export, too."""
@@ -65,9 +67,11 @@ def opened(order: Order) -> tuple[Any, Any]:
     from dataclasses import replace
 
     from llamero.checkpoint.hf import open_tensors
+    from llamero.model.adapter_config import AdapterConfig
+    from llamero.model.adapters import attach
     from llamero.model.config import from_hf
     from llamero.model.load import empty_model, load_config
-    from llamero.model.weights import Fresh, Grown, Stored
+    from llamero.model.weights import Adapted, Fresh, Grown, Stored
 
     start = order.get("start")
     if start is None:
@@ -81,6 +85,11 @@ def opened(order: Order) -> tuple[Any, Any]:
         rows, width = model.config.vocab_size, model.config.hidden_size
         weights = Grown(weights, rows, width, **grow)
         model = empty_model(replace(model.config, vocab_size=grow["size"]))
+    adapter = order.get("adapter")
+    if adapter is not None:
+        config = AdapterConfig.model_validate(adapter)
+        attach(model, config, seed=3)
+        weights = Adapted(weights, model, config, seed=3)
     return model, weights
 
 

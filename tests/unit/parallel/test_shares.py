@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llamero.model.adapter_config import AdapterConfig
+from llamero.model.adapters import attach
 from llamero.model.config import from_hf
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
@@ -44,6 +46,7 @@ CONFIG = {
     "attention_bias": True,  # a bias is cut twice along its one dimension
     "hidden_act": "silu",
 }
+ADAPTER = {"lora": 4, "modules_to_save": ["norm"]}
 GROW = {"known": 61, "size": 71}
 
 
@@ -78,6 +81,8 @@ def four(root):
         order("tied × tensor", start=str(root / "tied"), parallel={"tensor": 2}),
         {"name": "fresh × fsdp", "config": CONFIG},
         {"name": "fresh × tensor × pipeline", "config": CONFIG, "parallel": {"tensor": 2, "pipeline": 2}},
+        order("adapter × fsdp", adapter=ADAPTER),
+        order("adapter × tensor × pipeline", adapter=ADAPTER, parallel={"tensor": 2, "pipeline": 2}),
         order("grown × fsdp", grow={**GROW, "new_rows": "mean"}),
         order("grown × tensor", grow={**GROW, "new_rows": "mean"}, parallel={"tensor": 2}),
         order("grown, copied", grow={**GROW, "new_rows": "copy_last"}, parallel={"pipeline": 2}),
@@ -127,6 +132,13 @@ def test_a_tied_model_is_read_once(root, four, name):
 def test_fresh_weights_are_those_of_one_process(four, name):
     model = Llama(from_hf(CONFIG, where="here"))
     initialize(model, seed=3)
+    assert_same_bits(four / name, model)
+
+
+@pytest.mark.parametrize("name", ["adapter × fsdp", "adapter × tensor × pipeline"])
+def test_an_adapter_and_its_base_are_those_of_one_process(root, four, name):
+    model = load_model(root / "base", dtype=torch.float32)
+    attach(model, AdapterConfig.model_validate(ADAPTER), seed=3)
     assert_same_bits(four / name, model)
 
 
