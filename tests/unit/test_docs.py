@@ -82,7 +82,7 @@ def test_what_two_tables_name_is_the_same():
     from llamero.evaluate import config
     from llamero.evaluate.run import TASKS
     from llamero.publish.measurements import PRINTED
-    from llamero.quantize.run import METHODS
+    from llamero.quantize.methods import METHODS
     from llamero.quantize.variants import Method
 
     assert set(get_args(Layout)) == set(LAYOUTS)

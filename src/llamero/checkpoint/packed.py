@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamero.checkpoint import gptq, hf
+from llamero.checkpoint import awq, compressed_tensors, gptq, hf
 from llamero.core.errors import LlameroError
 
-Format = gptq.Format
+Format = gptq.Format | awq.Format | compressed_tensors.Format
 """Union of the descriptions that the parsers below return."""
 
 PARSERS: dict[str, Callable[..., Format]] = {
     "gptq": gptq.parse_format,
+    "awq": awq.parse_format,
+    "compressed-tensors": compressed_tensors.parse_format,
 }
 """Every way of packing that is read, by its `quant_method`. To add one: a file beside `gptq.py` that parses its
 config, a line here, its layer and a line in `LAYERS` of model/linear.py."""

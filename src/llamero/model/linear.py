@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llamero.checkpoint import gptq, packed
+from llamero.checkpoint import awq, compressed_tensors, gptq, packed
 from llamero.core.errors import LlameroError
 from llamero.model import nf4, rtn
 
@@ -143,11 +143,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class GptqLinear(PackedLinear):
-    """A linear layer that rests as GPTQ codes and is dequantized whenever it is used.
+class GroupLinear(PackedLinear):
+    """A linear layer that rests as codes on grids, as GPTQ, AWQ and compressed-tensors store them.
 
-    Buffers have the names and shapes of GPTQ files. Scales stay in the dtype of the file: another one would
-    change the weights.
+    Buffers have the names and shapes of the files. Scales stay in the dtype of the file: another one would change the
+    weights.
 
     Args:
         inputs: Input channels.
@@ -156,53 +156,35 @@ class GptqLinear(PackedLinear):
         bias: Whether there is one.
     """
 
-    names = ("qweight", "qzeros", "scales", "g_idx")
-    mark = "qweight"
-    """Buffer by which a packed layer is recognised in files."""
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
-
-    def __init__(self, inputs: int, outputs: int, *, layout: gptq.Format, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, layout: packed.Format, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.layout = layout
-        for name, spec in gptq.specs(inputs, outputs, bits=layout.bits, groups=layout.groups(inputs)).items():
+        specs = layout.specs(inputs, outputs)
+        for name, spec in specs.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
+        self.names = tuple(name for name in specs if name != "weight_shape")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the codes of all of the layer."""
         outputs, inputs = self.whole
-        specs = gptq.specs(inputs, outputs, bits=self.layout.bits, groups=self.layout.groups(inputs))
-        return {name: spec.shape for name, spec in specs.items()}
+        specs = self.layout.specs(inputs, outputs)
+        return {name: specs[name].shape for name in self.names}
 
     def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight, computed in float32 (float64 if that is asked for) and rounded once."""
-        work = torch.promote_types(dtype, torch.float32)
-        group, scales = codes["g_idx"].long(), codes["scales"].to(work)
-        zeros = gptq.decode_zeros(codes["qzeros"], self.layout.bits, offset=self.layout.zero_offset)
-        weight = gptq.unpack(codes["qweight"], self.layout.bits).to(work)  # (d, out)
-        weight.sub_(zeros.to(work).index_select(0, group)).mul_(scales.index_select(0, group))
-        return weight.to(dtype).T
+        return self.layout.decode(codes).dequantize(torch.promote_types(dtype, torch.float32)).to(dtype)
 
     def cuts(self, of: int, *, outputs: bool) -> bool:
-        """Return whether the codes can be cut into so many equal shares of outputs, or of inputs: at whole words."""
-        return (self.out_features if outputs else self.in_features) % (of * gptq.period(self.layout.bits)) == 0
+        """Return whether the codes can be cut into so many equal shares of outputs, or of inputs."""
+        width = self.out_features if outputs else self.in_features
+        return width % (of * self.layout.step(width, outputs=outputs)) == 0
 
     def _cut(self, codes: Mapping[str, Tensor], share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
-        if outputs:
-            parts = {name: codes[name].chunk(of, 1)[share] for name in ("qweight", "qzeros", "scales")}
-        else:  # an input says which group is its own, so all groups stay
-            parts = {name: codes[name].chunk(of)[share] for name in ("qweight", "g_idx")}
-        return {**codes, **parts}
+        return self.layout.cut(codes, share, of, outputs=outputs)
 
-    def problem(self, codes: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return what is wrong with the loaded codes, or with others of a layer like this one, if anything is."""
-        found = codes or self.codes()
-        groups, low, high = len(found["scales"]), int(found["g_idx"].min()), int(found["g_idx"].max())
-        if low < 0 or high >= groups:
-            return f"g_idx names groups {low} to {high}, there are {groups}"
-        return None
+    def problem(self, codes: Mapping[str, Tensor] | None = None) -> str:
+        """Return what is wrong with the loaded codes, or with others of a layer like this one, or nothing."""
+        return self.layout.damage(codes or self.codes())
 
 
 class Nf4Linear(PackedLinear):
@@ -235,8 +217,10 @@ class Nf4Linear(PackedLinear):
         return parts
 
 
-LAYERS: dict[type[packed.Format], type[GptqLinear]] = {
-    gptq.Format: GptqLinear,
+LAYERS: dict[type[packed.Format], type[GroupLinear]] = {
+    gptq.Format: GroupLinear,
+    awq.Format: GroupLinear,
+    compressed_tensors.Format: GroupLinear,
 }
 """The layer of every packed format. To add one: a class above, a line here, its parser in checkpoint/packed.py."""
 
@@ -276,8 +260,21 @@ def encode(layer: nn.Linear, form: str) -> PackedLinear:
         layout = coded.layout
         codes = gptq.encode(rtn.quantize(layer.weight.float(), bits=layout.bits, group_size=layout.group_size))
     else:
+<<<<<<< HEAD
         codes = nf4.encode(layer.weight, double=form == "nf4-double")
     for name, tensor in codes.items():
+=======
+        found = _RTN.fullmatch(form)
+        if found is None:
+            raise LlameroError(f"unknown packed form `{form}`", fix="nf4, nf4-double, or rtn-4bit-128g and its kin")
+        bits, group = int(found["bits"]), int(found["group"])
+        if inputs % gptq.MULTIPLE or outputs % gptq.MULTIPLE or (group > 0 and inputs % group):
+            raise _does_not_fit(layer, form, f"both must be multiples of {gptq.MULTIPLE}, and its inputs of the group")
+        layout = gptq.Format(bits, group, zero_offset=1)
+        coded = GroupLinear(inputs, outputs, layout=layout, bias=bias is not None)
+        tensors = layout.encode(rtn.quantize(layer.weight.float(), bits=bits, group_size=group))
+    for name, tensor in tensors.items():
+>>>>>>> 30f2a7e (One seam for methods and formats: AWQ, compressed-tensors and GPTQ v2 beside GPTQ; AWQ scored by second moments)
         coded.register_buffer(name, tensor)
     coded.bias = bias
     return coded.train(layer.training)

@@ -77,10 +77,10 @@ def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format
     """Replace the layers that the files hold packed."""
     layer = LAYERS[type(layout)]
     plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = [name for name in plain if f"{name}.{layer.mark}" in tensors]
+    found = [name for name in plain if f"{name}.{layout.marker}" in tensors]
     if not found:
         raise LlameroError(
-            f"the config says that weights are packed, and no tensor is (`….{layer.mark}`)", where=tensors.directory
+            f"the config says that weights are packed, and no tensor is (`….{layout.marker}`)", where=tensors.directory
         )
     with torch.device("meta"):
         for name in found:
@@ -93,9 +93,8 @@ def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format
 def _check_codes(model: Llama, tensors: hf.Tensors) -> None:
     for name, module in model.named_modules():
         if isinstance(module, tuple(LAYERS.values())):
-            problem = module.problem()
-            if problem is not None:
-                raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.mark}"])
+            if problem := module.problem():
+                raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.layout.marker}"])
 
 
 def fill(

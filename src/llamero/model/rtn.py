@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llamero.checkpoint.gptq import GroupCodes
+from llamero.checkpoint.codes import GroupCodes
 from llamero.model import grid
 
 

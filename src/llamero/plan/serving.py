@@ -1,20 +1,17 @@
 """What a release needs to run: bytes of its weights in each form, of keys and values, and how many devices hold them.
 
-Weights are those of the model on the meta device, in the layout of the files (`checkpoint.gptq`; AWQ's, of Lin et al.
-2023, arXiv:2306.00978, as AutoAWQ writes it). Which layers are packed is as in published files: the linear
+Weights are those of the model on the meta device, in the layout of the files (`checkpoint.packed`). Which layers are packed is as in published files: the linear
 ones of the decoder layers; embedding, head and norms stay in 16 bits.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from math import ceil
 
 import torch
 from torch import nn
 
-from llamero.checkpoint import gptq
-from llamero.checkpoint.hf import Spec
+from llamero.checkpoint.packed import Format
 from llamero.core.errors import LlameroError
 from llamero.core.hardware import ACCELERATORS, Accelerator
 from llamero.infer.kv import PAGE
@@ -35,8 +32,6 @@ USABLE = 0.9
 PREFILL = 2048
 """Tokens of prompts that go through the model at a time."""
 
-_AWQ = re.compile(r"awq-(?P<bits>4)bit-(?P<group>\d+)g")
-
 
 def weights(config: LlamaConfig, form: str) -> int:
     """Return the bytes of a model's tensors in a form.
@@ -52,53 +47,31 @@ def weights(config: LlamaConfig, form: str) -> int:
     with torch.device("meta"):
         model = Llama(replace(config, num_layers=1))  # every layer is like the first
     (block,) = model.model.layers
-    packed, size = _layout(form), PLAIN.get(form, torch.float16).itemsize
+    packed, size = _format(form), PLAIN.get(form, torch.float16).itemsize
     ends = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in block.parameters())
     of_block = 0
     for name, module in block.named_modules():
         if packed is not None and isinstance(module, nn.Linear):
-            of_block += sum(map(_nbytes, packed(name, module.in_features, module.out_features).values()))
+            _refuse_odd_groups(name, module.in_features, packed.group_size)
+            of_block += sum(spec.nbytes for spec in packed.specs(module.in_features, module.out_features).values())
         else:
             of_block += size * sum(p.numel() for p in module.parameters(recurse=False))
     return size * ends + config.num_layers * of_block
 
 
-def _nbytes(spec: Spec) -> int:
-    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
-
-
-def _layout(form: str) -> Callable[[str, int, int], Mapping[str, Spec]] | None:
-    """Return what gives the tensors of a packed layer, by its name, inputs and outputs; nothing if none is packed."""
+def _format(form: str) -> Format | None:
+    """Return how the layers of a form are packed; nothing if none is."""
     if form in PLAIN:
         return None
-    if found := _AWQ.fullmatch(form):
-        return lambda name, inputs, outputs: _awq(name, inputs, outputs, bits=4, group=int(found["group"]))
-    if form.startswith("awq"):
-        raise LlameroError(f"unknown variant `{form}`", fix="awq-4bit-128g")
     if form.startswith("gguf"):
         raise LlameroError(f"what `{form}` needs is not foretold", fix="the size of its file, and the cache beside it")
-    variant = variants.parse(form)
-    return lambda name, inputs, outputs: gptq.specs(
-        inputs, outputs, bits=variant.bits, groups=_groups(name, inputs, variant.group_size)
-    )
+    return variants.parse(form).format
 
 
-def _awq(name: str, inputs: int, outputs: int, *, bits: int, group: int) -> dict[str, Spec]:
-    groups, words = _groups(name, inputs, group), outputs * bits // 32
-    return {
-        "qweight": Spec((inputs, words), torch.int32),
-        "qzeros": Spec((groups, words), torch.int32),
-        "scales": Spec((groups, outputs), torch.float16),
-    }
-
-
-def _groups(name: str, inputs: int, group: int) -> int:
-    if group == -1:
-        return 1
-    if inputs % group:
+def _refuse_odd_groups(name: str, inputs: int, group: int) -> None:
+    if group != -1 and inputs % group:
         problem = f"groups of {group} do not divide the {inputs} inputs of `layers.{name}`"
         raise LlameroError(problem, fix="choose another variant")
-    return inputs // group
 
 
 def serving(config: LlamaConfig, form: str, *, context: int, sequences: int = 1, devices: int = 1) -> Memory:

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llamero.checkpoint.gptq import GroupCodes
+from llamero.checkpoint.codes import Actorder, GroupCodes
 from llamero.core.errors import LlameroError
 from llamero.model import grid
-from llamero.quantize.variants import Actorder
 
 BLOCK = 128
 """Channels whose errors are gathered before the channels beyond them are told."""

@@ -1,10 +1,9 @@
 """Quantized variants of a model, all of them from one walk through it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llamero.checkpoint import gptq as packing
 from llamero.checkpoint import hf, packed
-from llamero.checkpoint.gptq import GroupCodes
 from llamero.core.errors import LlameroError
-from llamero.model import rtn
-from llamero.model.llama import Block, Llama
+from llamero.model.llama import Llama
 from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
-from llamero.quantize import calibrate, gptq
-from llamero.quantize.calibrate import INPUTS, Layer, Statistics
+from llamero.quantize import calibrate
+from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.methods import DAMPED, METHODS
+from llamero.quantize.problem import LayerProblems, Solution, pose
 from llamero.quantize.variants import Variant
 from llamero.quantize.write import VariantWriter, check_shapes, quantized_layers
 
@@ -89,55 +87,11 @@ class VariantReport:
         return tuple(m for m in self.modules if m.damp is not None and self.damp is not None and m.damp > self.damp)
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Layers with the same inputs, stacked, and all that a method may ask of them."""
-
-    weight: Tensor
-    """(out, d), float32."""
-    statistics: Statistics
-    factor: Callable[[bool], gptq.Factor]
-    """Factor of the second moment, in the order of activation or not; computed once for all variants."""
-
-
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """The codes of a problem's weight."""
-
-    codes: GroupCodes
-    damp: float | None = None
-    dead_channels: int = 0
-
-
-def _rtn(problem: Problem, variant: Variant) -> Solved:
-    return Solved(rtn.quantize(problem.weight, bits=variant.bits, group_size=variant.group_size, sym=variant.sym))
-
-
-def _gptq(problem: Problem, variant: Variant) -> Solved:
-    factor = problem.factor(variant.actorder != "none")
-    codes = gptq.solve(
-        problem.weight,
-        factor,
-        bits=variant.bits,
-        group_size=variant.group_size,
-        sym=variant.sym,
-        static=variant.actorder == "static",
-    )
-    return Solved(codes, factor.damp, int(factor.dead.sum()))
-
-
-METHODS: dict[str, Callable[[Problem, Variant], Solved]] = {"gptq": _gptq, "rtn": _rtn}
-"""Every method there is. To add one: a file, a line here, a name in `variants`, a parity test."""
-
-_DAMPED = frozenset({"gptq"})
-
-
 class _Work:
     """One variant in progress."""
 
     def __init__(self, variant: Variant, writer: VariantWriter) -> None:
         self.variant, self.writer = variant, writer
-        self.solved: dict[str, GroupCodes] = {}  # of the layer at hand
         self.modules: list[ModuleReport] = []
         self.seconds = 0.0
 
@@ -207,71 +161,33 @@ def _copy(works: list[_Work], names: dict[str, str], tensors: hf.Tensors) -> Non
 @torch.no_grad()
 def _solve_layer(layer: Layer, works: list[_Work], *, damp: float) -> None:
     """Quantize a decoder layer once for every variant and write it."""
-    prefix = f"model.layers.{layer.number}."
-    for source, names in INPUTS.items():
-        problem = _problem(layer, source, names, damp=damp)
-        for work in works:
+    problems = pose(layer, damp=damp)
+    for name, method in METHODS.items():
+        mine = [work for work in works if work.variant.method == name]
+        solutions = method(problems, [work.variant for work in mine])
+        for work in mine:
             started = time.perf_counter()
-            solved = METHODS[work.variant.method](problem, work.variant)
-            row = 0
-            for name in names:
-                outputs = layer.block.get_submodule(name).get_parameter("weight").shape[0]
-                part = slice(row, row + outputs)
-                codes = solved.codes.rows(part.start, part.stop)
-                work.solved[name] = codes
-                work.modules.append(_measure(prefix + name, problem, part, codes, solved))
-                row += outputs
+            solution = next(solutions)
+            work.modules += _reports(problems, solution)
+            work.writer.add_layer(layer.number, layer.block, solution)
             work.seconds += time.perf_counter() - started
-    for work in works:
-        started = time.perf_counter()
-        work.writer.add_layer(layer.number, layer.block, work.solved)
-        work.solved = {}
-        work.seconds += time.perf_counter() - started
 
 
-def _problem(layer: Layer, source: str, names: tuple[str, ...], *, damp: float) -> Problem:
-    statistics, where = layer.statistics[source], f"model.layers.{layer.number}.{source}"
-    weight = torch.cat([_weight(layer.block, layer.number, name) for name in names])
-
-    @cache
-    def factor(by_activation: bool) -> gptq.Factor:
-        return gptq.factorize(statistics.second_moment, by_activation=by_activation, damp=damp, where=where)
-
-    return Problem(weight, statistics, factor)
-
-
-def _weight(block: Block, number: int, name: str) -> Tensor:
-    weight = block.get_submodule(name).get_parameter("weight").detach()
-    if not bool(weight.isfinite().all()):
-        raise LlameroError("weights that are not finite", where=f"model.layers.{number}.{name}.weight")
-    return weight
-
-
-def _measure(name: str, problem: Problem, part: slice, codes: GroupCodes, solved: Solved) -> ModuleReport:
-    if not bool(codes.scales.isfinite().all()):
-        raise LlameroError(
-            f"weights up to {problem.weight[part].abs().max().item():g} need a scale beyond float16",
-            where=f"{name}.weight",
-        )
-    weight, moment = problem.weight[part], problem.statistics.second_moment
-    error = _squared_outputs(weight - codes.dequantize(), moment)
-    total = _squared_outputs(weight, moment)
-    return ModuleReport(
-        name,
-        error_per_weight=error / problem.statistics.tokens / weight.numel(),
-        relative_error=error / total if total else 0.0,
-        damp=solved.damp,
-        dead_channels=solved.dead_channels,
-    )
-
-
-def _squared_outputs(w: Tensor, h: Tensor) -> float:
-    """Return `tr(w h w.T)`: the squared outputs, summed over the tokens behind `h`."""
-    return float(((w @ h) * w).sum(dtype=torch.float64))
+def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleReport]:
+    for problem in problems.inputs.values():
+        for name, outputs in zip(problem.names, problem.outputs, strict=True):
+            fit, weights = solution.fits[name], outputs * problem.weight.shape[1]
+            yield ModuleReport(
+                f"model.layers.{problems.number}.{name}",
+                error_per_weight=fit.error / problem.statistics.tokens / weights,
+                relative_error=fit.error / fit.total if fit.total else 0.0,
+                damp=fit.damp,
+                dead_channels=fit.dead_channels,
+            )
 
 
 def _finish(work: _Work, meta: Llama, model: Path, tokens: Sequence[Tensor], *, damp: float) -> VariantReport:
-    asked = damp if work.variant.method in _DAMPED else None
+    asked = damp if work.variant.method in DAMPED else None
     started = time.perf_counter()
     size = work.writer.finish(model, damp=asked)
     return VariantReport(
@@ -290,8 +206,7 @@ def _finish(work: _Work, meta: Llama, model: Path, tokens: Sequence[Tensor], *, 
 def _bits_per_weight(variant: Variant, meta: Llama) -> float:
     weights = stored = 0
     for layer in quantized_layers(meta).values():
-        inputs, outputs = layer.in_features, layer.out_features
-        parts = packing.specs(inputs, outputs, bits=variant.bits, groups=variant.groups(inputs))
-        weights += inputs * outputs
+        parts = variant.format.specs(layer.in_features, layer.out_features)
+        weights += layer.in_features * layer.out_features
         stored += 8 * sum(spec.nbytes for spec in parts.values())
     return stored / weights

@@ -2,17 +2,16 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llamero.checkpoint import gptq, hf
+from llamero.checkpoint import hf
 from llamero.core import files
 from llamero.core.errors import LlameroError
 from llamero.model.llama import Block, Llama
+from llamero.quantize.problem import Solution
 from llamero.quantize.variants import Variant
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ CARRIED = (
 
 
 class VariantWriter:
-    """Writes one GPTQ directory; tensors come in the order in which the model names them.
+    """Writes one quantized directory; tensors come in the order in which the model names them.
 
     Args:
         directory: Where to; made if need be.
@@ -67,22 +66,22 @@ class VariantWriter:
             )
         self._shards.add(name, value)
 
-    def add_layer(self, number: int, block: Block, solved: Mapping[str, gptq.GroupCodes]) -> None:
+    def add_layer(self, number: int, block: Block, solution: Solution) -> None:
         """Write a decoder layer.
 
         Args:
             number: Of the layer.
             block: The layer, unquantized.
-            solved: Codes of each of its linear layers.
+            solution: What it became.
         """
         prefix = f"model.layers.{number}."
         for name, parameter in block.named_parameters():
             owner = name.removesuffix(".weight")
-            if owner in solved:
-                for leaf, tensor in gptq.encode(solved[owner]).items():
+            if owner in solution.codes:
+                for leaf, tensor in self._variant.format.encode(solution.codes[owner]).items():
                     self._shards.add(f"{prefix}{owner}.{leaf}", tensor)
             else:
-                self.add(prefix + name, parameter)
+                self.add(prefix + name, solution.changed.get(name, parameter))
 
     def finish(self, source: Path, *, damp: float | None) -> int:
         """Write what stands beside the weights, config.json last, and return the size of the weights in bytes.
@@ -93,7 +92,8 @@ class VariantWriter:
         """
         self._shards.close()
         carry_over(source, self.directory)
-        quantization = quantization_config(self._variant, damp=damp)
+        variant = self._variant
+        quantization = variant.format.config(sym=variant.sym, actorder=variant.actorder, damp=damp)
         config = {**hf.read_config(source), "torch_dtype": _name(self._dtype), "quantization_config": quantization}
         config.pop("_name_or_path", None)  # often a path on the machine of its maker
         if "dtype" in config:
@@ -118,7 +118,7 @@ def tensor_specs(model: Llama, variant: Variant, dtype: torch.dtype) -> dict[str
         if owner in linears:
             layer = linears[owner]
             inputs, outputs = layer.in_features, layer.out_features
-            parts = gptq.specs(inputs, outputs, bits=variant.bits, groups=variant.groups(inputs))
+            parts = variant.format.specs(inputs, outputs)
             specs |= {f"{owner}.{leaf}": spec for leaf, spec in parts.items()}
         else:
             specs[name] = hf.Spec(tuple(parameter.shape), dtype)
@@ -134,28 +134,13 @@ def quantized_layers(model: Llama) -> dict[str, nn.Linear]:
     }
 
 
-def quantization_config(variant: Variant, *, damp: float | None) -> dict[str, Any]:
-    """Return the `quantization_config` of a variant."""
-    return gptq.quantization_config(
-        bits=variant.bits,
-        group_size=variant.group_size,
-        desc_act=variant.actorder == "desc",
-        static_groups=variant.actorder == "static",
-        sym=variant.sym,
-        damp=damp,
-    )
-
-
 def check_shapes(model: Llama, variants: tuple[Variant, ...]) -> None:
     """Refuse group sizes that do not divide a layer's inputs, and layers that readers of the format refuse."""
     linears = quantized_layers(model)
     for name, layer in linears.items():
-        for width in (layer.in_features, layer.out_features):
-            if width % gptq.MULTIPLE:
-                raise LlameroError(
-                    f"{width} channels; readers of GPTQ need a multiple of {gptq.MULTIPLE}", where=f"{name}.weight"
-                )
         for variant in variants:
+            if problem := variant.format.unfit(layer.in_features, layer.out_features):
+                raise LlameroError(problem, where=f"{name}.weight")
             if variant.group_size != -1 and layer.in_features % variant.group_size:
                 widths = {each.in_features for each in linears.values()}
                 works = [size for size in (16, 32, 64, 128, 256, 512, 1024) if not any(w % size for w in widths)]

@@ -1,52 +1,30 @@
 import json
 import stat
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llamero.checkpoint import gptq, hf, packed
+from llamero.checkpoint.codes import GroupCodes, pack
 from llamero.core.errors import LlameroError
-
-
-def bits_of(words):
-    """The bits of each column of int32 words, the first one first."""
-    as_bytes = np.ascontiguousarray(words.T).view(np.uint8)  # (columns, bytes)
-    return np.unpackbits(as_bytes, axis=1, bitorder="little")
-
-
-@given(st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_codes_survive_packing_and_lie_as_one_bit_stream(bits, periods, columns, seed):
-    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, (32 * periods, columns), dtype=np.uint8))
-    stream = gptq.pack(codes, bits)
-    assert torch.equal(gptq.unpack(stream, bits), codes)
-    digits = bits_of(stream.numpy()).reshape(columns, -1, bits)
-    assert np.array_equal((digits * (1 << np.arange(bits))).sum(-1).T, codes.numpy())
-
-
-def test_codes_that_do_not_fill_words_are_refused():
-    with pytest.raises(ValueError, match="33 codes of 4 bits"):
-        gptq.pack(torch.zeros(33, 1, dtype=torch.uint8), 4)
 
 
 @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
 def test_symmetric_zeros_are_the_words_that_everybody_writes(bits, word):
     zeros = torch.full((32, 2), 2 ** (bits - 1), dtype=torch.uint8)
-    codes = gptq.GroupCodes(
+    codes = GroupCodes(
         torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2).half(), zeros, torch.arange(64) // 32, bits
     )
-    assert set((gptq.encode(codes)["qzeros"].flatten().long() & 0xFFFFFFFF).tolist()) == {word}
+    assert set((gptq.Format(codes.bits, -1).encode(codes)["qzeros"].flatten().long() & 0xFFFFFFFF).tolist()) == {word}
 
 
 @pytest.mark.parametrize("bits", gptq.BITS)
 def test_zeros_are_read_as_they_were_written(bits):
     zeros = torch.arange(64, dtype=torch.uint8).view(32, 2) % (2**bits - 1) + 1
-    codes = gptq.GroupCodes(
+    codes = GroupCodes(
         torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2).half(), zeros, torch.arange(64) // 32, bits
     )
-    stored = gptq.encode(codes)["qzeros"]
+    stored = gptq.Format(codes.bits, -1).encode(codes)["qzeros"]
     assert torch.equal(gptq.decode_zeros(stored, bits, offset=1), zeros.T)
     assert torch.equal(gptq.decode_zeros(stored, bits, offset=0), zeros.T - 1)
 
@@ -54,13 +32,13 @@ def test_zeros_are_read_as_they_were_written(bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_borrow_between_zeros_is_given_back(bits):
     zeros = (torch.arange(32)[:, None] % 2**bits).to(torch.uint8)  # with zeros among them
-    ones = int(gptq.pack(torch.ones(32 // bits, 1, dtype=torch.uint8), bits))
-    words = (gptq.pack(zeros, bits).long() - ones).to(torch.int32).T  # subtracted from whole words
+    ones = int(pack(torch.ones(32 // bits, 1, dtype=torch.uint8), bits))
+    words = (pack(zeros, bits).long() - ones).to(torch.int32).T  # subtracted from whole words
     assert torch.equal(gptq.decode_zeros(words, bits, offset=1), zeros.T)
 
 
 def test_a_zero_point_of_zero_is_never_written():
-    codes = gptq.GroupCodes(
+    codes = GroupCodes(
         torch.zeros(32, 32, dtype=torch.uint8),
         torch.ones(32, 1).half(),
         torch.zeros(32, 1, dtype=torch.uint8),
@@ -68,7 +46,7 @@ def test_a_zero_point_of_zero_is_never_written():
         4,
     )
     with pytest.raises(ValueError, match="zero point of 0"):
-        gptq.encode(codes)
+        gptq.Format(codes.bits, -1).encode(codes)
 
 
 PLAIN = {"bits": 4, "group_size": 128, "desc_act": True, "sym": True, "quant_method": "gptq"}
@@ -85,7 +63,7 @@ def test_both_layouts_are_told_apart(change, offset):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"quant_method": "awq"}, "quantized with `awq`"),
+        ({"quant_method": "hqq"}, "quantized with `hqq`"),
         ({"bits": 5}, "`bits: 5`"),
         ({"group_size": 0}, "`group_size: 0`"),
         ({"checkpoint_format": "marlin"}, "layout `marlin`"),
@@ -109,12 +87,10 @@ def test_older_directories_describe_themselves_beside_the_config(tmp_path):
 
 
 def test_our_own_config_is_understood_and_names_no_path():
-    keys = gptq.quantization_config(bits=4, group_size=128, desc_act=True, static_groups=False, sym=True, damp=0.1)
+    keys = gptq.Format(4, 128).config(sym=True, actorder="desc", damp=0.1)
     assert packed.parse_format(keys, where="x") == gptq.Format(4, 128, 1)
     assert "/" not in json.dumps(keys)
-    assert "damp_percent" not in gptq.quantization_config(
-        bits=4, group_size=128, desc_act=True, static_groups=False, sym=True, damp=None
-    )
+    assert "damp_percent" not in gptq.Format(4, 128).config(sym=True)
 
 
 def shards(directory, **how):

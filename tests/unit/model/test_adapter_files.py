@@ -10,7 +10,7 @@ from llamero.model.adapter_config import AdapterConfig
 from llamero.model.adapter_files import base_of, load_adapter, save_adapter
 from llamero.model.adapters import attach, updates
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import GptqLinear, pack
+from llamero.model.linear import GroupLinear, pack
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import save_model
 from llamero.model.rope import Default
@@ -96,7 +96,7 @@ def test_an_adapter_of_a_packed_base_is_the_same_beside_the_same_codes(tmp_path,
     load_adapter(models[1], tmp_path)
     assert torch.equal(models[0](IDS), models[1](IDS))
     if form != "nf4":
-        assert isinstance(updates(models[1])["model.layers.0.self_attn.q_proj"].base, GptqLinear)
+        assert isinstance(updates(models[1])["model.layers.0.self_attn.q_proj"].base, GroupLinear)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from llamero.model.adapter_config import AdapterConfig
 from llamero.model.adapters import LoraLinear, attach, detach, merge, trainable, updates
 from llamero.model.config import LlamaConfig
 from llamero.model.dropout import Noise, Rates, token_keys
-from llamero.model.linear import GptqLinear, Nf4Linear, PackedLinear, encode, linear, pack
+from llamero.model.linear import GroupLinear, Nf4Linear, PackedLinear, encode, linear, pack
 from llamero.model.llama import Llama, initialize
 from llamero.model.rope import Default
 
@@ -226,7 +226,7 @@ def test_round_to_nearest_in_memory_is_what_a_gptq_file_would_hold():
     plain = linear(64, 32, bias=False)
     torch.nn.init.normal_(plain.weight)
     packed = encode(plain, "rtn-4bit-32g")
-    assert isinstance(packed, GptqLinear)
+    assert isinstance(packed, GroupLinear)
     assert packed.layout == gptq.Format(4, 32, 1)
     groups = plain.weight.detach().unflatten(1, (2, 32))
     step = (2 * groups.abs().amax(2, keepdim=True) / 15).half().float()

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from llamero.checkpoint import gptq
-from llamero.model.linear import GptqLinear, encode
+from llamero.checkpoint.codes import GroupCodes, unpack
+from llamero.model.linear import GroupLinear, encode
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -14,7 +15,7 @@ def codes(bits, groups=2, *, shuffled=False):
     g_idx = torch.arange(64) // (64 // groups)
     if shuffled:
         g_idx = g_idx[torch.randperm(64, generator=GENERATOR)]
-    return gptq.GroupCodes(
+    return GroupCodes(
         codes=torch.randint(0, 2**bits, (96, 64), generator=GENERATOR).to(torch.uint8),
         scales=torch.rand(96, groups, generator=GENERATOR).half(),
         zeros=torch.randint(1, 2**bits, (96, groups), generator=GENERATOR).to(torch.uint8),
@@ -25,8 +26,8 @@ def codes(bits, groups=2, *, shuffled=False):
 
 def packed(weight, *, bias=None):
     groups = weight.scales.shape[1]
-    layer = GptqLinear(64, 96, layout=gptq.Format(weight.bits, 64 // groups, 1), bias=bias is not None)
-    for name, tensor in gptq.encode(weight).items():
+    layer = GroupLinear(64, 96, layout=gptq.Format(weight.bits, 64 // groups, 1), bias=bias is not None)
+    for name, tensor in gptq.Format(weight.bits, -1).encode(weight).items():
         assert layer.get_buffer(name).shape == tensor.shape
         layer.register_buffer(name, tensor)
     if bias is not None:
@@ -54,7 +55,7 @@ def test_a_packed_layer_computes_what_its_plain_twin_computes(dtype):
 
 def codes_of(layer):
     """The weight by the formula, without the layer's own code."""
-    steps = gptq.unpack(layer.qweight, 4).double() - 1 - gptq.unpack(layer.qzeros.T, 4).T.double()[layer.g_idx.long()]
+    steps = unpack(layer.qweight, 4).double() - 1 - unpack(layer.qzeros.T, 4).T.double()[layer.g_idx.long()]
     return (steps * layer.scales.double()[layer.g_idx.long()]).T
 
 
@@ -70,7 +71,7 @@ def packed_layer(form, *, mixed_groups=False):
     plain = torch.nn.Linear(256, 192)
     torch.nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(0))
     layer = encode(plain, form)
-    if mixed_groups and isinstance(layer, GptqLinear):
+    if mixed_groups and isinstance(layer, GroupLinear):
         layer.g_idx = layer.g_idx[torch.randperm(256, generator=torch.Generator().manual_seed(1))].contiguous()
     return layer
 

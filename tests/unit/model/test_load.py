@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from llamero.checkpoint import gptq, hf
+from llamero.checkpoint.codes import pack
 from llamero.core.errors import LlameroError
 from llamero.model import rtn
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import GptqLinear
+from llamero.model.linear import GroupLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import empty_model, load_block, load_model, save_model, write_config
 from llamero.model.rope import Default
@@ -41,9 +42,9 @@ def quantized(model, directory, *, zero_offset=1, change=None, **keys):
         if isinstance(module, torch.nn.Linear):
             name = f"model.layers.{name}"
             codes = rtn.quantize(tensors.pop(f"{name}.weight"), bits=4, group_size=32, sym=False)
-            parts = gptq.encode(codes)
+            parts = gptq.Format(codes.bits, -1).encode(codes)
             if zero_offset == 0:
-                parts["qzeros"] = gptq.pack(codes.zeros, 4).T.contiguous()
+                parts["qzeros"] = pack(codes.zeros, 4).T.contiguous()
             tensors |= {f"{name}.{leaf}": value for leaf, value in parts.items()}
             module.weight = torch.nn.Parameter(codes.dequantize())
     tensors |= change or {}
@@ -86,8 +87,8 @@ def test_a_bias_that_only_the_packed_file_knows_is_used(plain, tmp_path):
 
 
 def test_other_quantizations_are_refused_by_name(plain, tmp_path):
-    quantized(plain, tmp_path, quant_method="awq")
-    with pytest.raises(LlameroError, match="quantized with `awq`") as caught:
+    quantized(plain, tmp_path, quant_method="hqq")
+    with pytest.raises(LlameroError, match="quantized with `hqq`") as caught:
         load_model(tmp_path)
     assert "a version of it in: gptq" in str(caught.value.fix)
 
@@ -120,7 +121,7 @@ def test_a_config_that_promises_codes_must_have_them(plain, tmp_path):
 
 def test_a_packed_model_is_not_saved_as_a_plain_one(plain, tmp_path):
     model = load_model(quantized(plain, tmp_path))
-    assert isinstance(model.get_submodule(LAST), GptqLinear)
+    assert isinstance(model.get_submodule(LAST), GroupLinear)
     with pytest.raises(ValueError, match="packed model"):
         save_model(model, tmp_path)
 

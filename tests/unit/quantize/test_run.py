@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import GptqLinear
+from llamero.model.linear import GroupLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
@@ -108,10 +108,10 @@ def test_an_independent_unpacker_finds_what_was_solved_bit_for_bit(model, tokens
     solved = {}
     write = VariantWriter.add_layer
 
-    def listen(self, number, block, codes):
-        for name, value in codes.items():
+    def listen(self, number, block, solution):
+        for name, value in solution.codes.items():
             solved[self.directory.name, f"model.layers.{number}.{name}"] = value.dequantize().numpy()
-        write(self, number, block, codes)
+        write(self, number, block, solution)
 
     monkeypatch.setattr(VariantWriter, "add_layer", listen)
     sym = reports[0].variant.sym
@@ -145,7 +145,7 @@ def test_our_loader_runs_every_variant(model, reports, tokens):
     ids = torch.stack(tokens[:2])
     for report in reports:
         packed = load_model(report.path, dtype=torch.float32)
-        assert isinstance(packed.get_submodule("model.layers.0.mlp.up_proj"), GptqLinear)
+        assert isinstance(packed.get_submodule("model.layers.0.mlp.up_proj"), GroupLinear)
         torch.testing.assert_close(packed(ids), twin(model, report)(ids), atol=1e-5, rtol=1e-5)
 
 

@@ -16,6 +16,12 @@ from llamero.quantize.variants import EXAMPLES, Variant, parse
         ("gptq-2bit-32g-actorder_False", ("gptq", 2, 32, "none")),
         ("rtn-4bit-128g", ("rtn", 4, 128, "none")),
         ("rtn-4bit--1g", ("rtn", 4, -1, "none")),
+        ("gptq-4bit-128g-actorder_True-v2", ("gptq", 4, 128, "desc", True, "gptq_v2")),
+        ("gptq-3bit-128g-actorder_static-ct", ("gptq", 3, 128, "static", True, "compressed-tensors")),
+        ("gptq-5bit-32g-actorder_False-asym-ct", ("gptq", 5, 32, "none", False, "compressed-tensors")),
+        ("gptq-4bit-128g-actorder_True-asym", ("gptq", 4, 128, "desc", False)),
+        ("awq-4bit-128g", ("awq", 4, 128, "none", False, "awq")),
+        ("awq-3bit-128g-ct", ("awq", 3, 128, "none", False, "compressed-tensors")),
     ],
 )
 def test_published_names_are_understood(name, expected):
@@ -32,13 +38,21 @@ def test_a_nearly_right_name_is_corrected():
 
 
 def test_a_wholly_unknown_name_is_answered_with_examples():
-    with pytest.raises(LlameroError, match="one of: gptq-3bit-128g-actorder_True, "):
+    with pytest.raises(LlameroError, match="one of: awq-4bit-128g, gptq-3bit-128g-actorder_True, "):
         parse("Q5")
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("gptq-5bit-128g-actorder_True", "2, 3, 4 or 8 bits"), ("rtn-4bit-0g", "-1 for the whole row")],
+    [
+        ("gptq-5bit-128g-actorder_True", "2, 3, 4 or 8 bits"),
+        ("rtn-4bit-0g", "-1 for the whole row"),
+        ("awq-3bit-128g", "awq files hold 4 bits"),
+        ("gptq-9bit-128g-actorder_static-ct", "2, 3, 4, 5, 6, 7 or 8 bits"),
+        ("gptq-4bit-128g-actorder_True-ct", "actorder_static"),
+        ("awq-4bit-128g-v2", "leave out `-v2`"),
+        ("awq-4bit-128g-actorder_True", "did you mean|one of"),
+    ],
 )
 def test_impossible_numbers_are_refused(name, says):
     with pytest.raises(LlameroError, match=says):

@@ -1,0 +1,145 @@
+"""What a method is asked, a decoder layer at a time, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from llamero.checkpoint.codes import GroupCodes
+from llamero.core.errors import LlameroError
+from llamero.model.llama import Block
+from llamero.quantize import gptq
+from llamero.quantize.calibrate import INPUTS, Layer, Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Linear layers with the same inputs, stacked, and all that a method may ask of them."""
+
+    prefix: str
+    """What stands before their names in the whole model."""
+    names: tuple[str, ...]
+    """Of the layers, within their decoder layer."""
+    weight: Tensor
+    """(out, d), float32; the outputs of one layer after those of the one before."""
+    outputs: tuple[int, ...]
+    """Of each layer."""
+    statistics: Statistics
+    factor: Callable[[bool], gptq.Factor]
+    """Factor of the second moment, in the order of activation or not; computed once for all variants."""
+
+    def parts(self, codes: GroupCodes) -> dict[str, GroupCodes]:
+        """Return the codes of each layer, of codes for all of them."""
+        stops = list(accumulate(self.outputs))
+        bounds = zip(self.names, self.outputs, stops, strict=True)
+        return {name: codes.rows(stop - rows, stop) for name, rows, stop in bounds}
+
+    def scaled(self, inputs: Tensor, outputs: Tensor) -> Problem:
+        """Return it with its weights times `inputs`, divided by `outputs`, and with its inputs divided by `inputs`."""
+        moment, magnitude = self.statistics.second_moment, self.statistics.mean_abs
+        statistics = replace(
+            self.statistics, second_moment=moment / inputs / inputs[:, None], mean_abs=magnitude / inputs
+        )
+        return replace(self, weight=self.weight * inputs / outputs[:, None], statistics=statistics, factor=_unfactored)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblems:
+    """All of a decoder layer that is to be quantized."""
+
+    number: int
+    block: Block
+    inputs: Mapping[str, Problem]
+    """By the keys of `INPUTS`."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one linear layer was quantized."""
+
+    error: float
+    """Squared error of the outputs, summed over the calibration tokens."""
+    total: float
+    """Squared outputs, summed likewise."""
+    damp: float | None = None
+    """Damping that was needed; `None` without GPTQ."""
+    dead_channels: int = 0
+
+
+@dataclass(eq=False)
+class Solution:
+    """A decoder layer as one variant has it."""
+
+    codes: dict[str, GroupCodes] = field(default_factory=dict)
+    """Of each linear layer, by its name within the decoder layer."""
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """The same names."""
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    """Other parameters of the decoder layer that go with these codes, such as norms that scales were folded into."""
+
+    def add(
+        self,
+        problem: Problem,
+        codes: GroupCodes,
+        *,
+        times: Tensor | None = None,
+        damp: float | None = None,
+        dead: int = 0,
+    ) -> None:
+        """Take in the codes of a problem's layers and measure them.
+
+        Args:
+            problem: What was solved.
+            codes: Of all its layers.
+            times: What each output is multiplied with later on, where it is.
+            damp: Damping that was needed.
+            dead: Input channels without activity.
+        """
+        weights = problem.weight.split(problem.outputs)
+        factors = (problem.weight.new_ones(len(problem.weight)) if times is None else times).split(problem.outputs)
+        for (name, part), weight, factor in zip(problem.parts(codes).items(), weights, factors, strict=True):
+            if not bool(part.scales.isfinite().all()):
+                problem_said = f"weights up to {weight.abs().max():g} need a scale beyond float16"
+                raise LlameroError(problem_said, where=f"{problem.prefix}{name}.weight")
+            moment, change = problem.statistics.second_moment, weight - part.dequantize()
+            error, total = (squared_outputs(w * factor[:, None], moment) for w in (change, weight))
+            self.codes[name], self.fits[name] = part, Fit(error, total, damp, dead)
+
+
+def pose(layer: Layer, *, damp: float) -> LayerProblems:
+    """Return what is to be solved of a decoder layer.
+
+    Raises:
+        LlameroError: If weights are not finite.
+    """
+    return LayerProblems(layer.number, layer.block, {source: _problem(layer, source, damp=damp) for source in INPUTS})
+
+
+def _problem(layer: Layer, source: str, *, damp: float) -> Problem:
+    statistics, prefix = layer.statistics[source], f"model.layers.{layer.number}."
+    weights = []
+    for name in INPUTS[source]:
+        weights.append(layer.block.get_submodule(name).get_parameter("weight").detach())
+        if not bool(weights[-1].isfinite().all()):
+            raise LlameroError("weights that are not finite", where=f"{prefix}{name}.weight")
+
+    @cache
+    def factor(by_activation: bool) -> gptq.Factor:
+        return gptq.factorize(statistics.second_moment, by_activation=by_activation, damp=damp, where=prefix + source)
+
+    outputs = tuple(len(weight) for weight in weights)
+    return Problem(prefix, INPUTS[source], torch.cat(weights), outputs, statistics, factor)
+
+
+def _unfactored(by_activation: bool) -> gptq.Factor:
+    raise NotImplementedError("the factor of scaled inputs")
+
+
+def squared_outputs(w: Tensor, h: Tensor) -> float:
+    """Return `tr(w h w.T)`: the squared outputs, summed over the tokens behind `h`."""
+    return float(((w @ h) * w).sum(dtype=torch.float64))
