@@ -1,0 +1,557 @@
+"""The block formats of GGUF files: Q4_0, Q5_0, Q8_0 and the k-quants Q2_K … Q6_K, to bytes and back.
+
+A k-quant cuts a row into super-blocks of 256 weights, these into 8 or 16 small groups. A group has a scale (and in
+Q2_K, Q4_K and Q5_K a minimum) of a few bits, which the super-block's float16 scales multiply. Byte layouts are those of
+ggml's `block_q*` structures.
+
+Encoding minimizes the squared error of the weights, each counted with the importance of its input channel (the diagonal
+of GPTQ's second moment, llama.cpp's "imatrix"). Every group tries several ranges with its scale and minimum fitted by
+weighted least squares; then the small scales are rounded, the weights rounded again with what is really stored, and the
+super-block's two scales fitted once more to the codes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+SUPER = 256
+"""Weights of a super-block."""
+
+SWEEPS = 3
+"""How often codes and the scales of a super-block are fitted to each other."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A block format.
+
+    Args:
+        name: As GGUF calls it.
+        number: Its type id in a GGUF file.
+        block: Weights of a block.
+        size: Bytes of a block.
+    """
+
+    name: str
+    number: int
+    block: int
+    size: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return the bits that a weight takes, scales included."""
+        return 8 * self.size / self.block
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("Q4_0", 2, 32, 18),
+        Kind("Q5_0", 6, 32, 22),
+        Kind("Q8_0", 8, 32, 34),
+        Kind("Q2_K", 10, SUPER, 84),
+        Kind("Q3_K", 11, SUPER, 110),
+        Kind("Q4_K", 12, SUPER, 144),
+        Kind("Q5_K", 13, SUPER, 176),
+        Kind("Q6_K", 14, SUPER, 210),
+    )
+}
+"""Every block format that is written and read here."""
+
+
+# -- whole matrices
+
+
+def encode(
+    w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, " d"] | None = None
+) -> UInt8[Tensor, "out bytes"]:
+    """Return a matrix as the bytes of its rows.
+
+    Args:
+        w: Weight, its inputs a multiple of the kind's block.
+        kind: A name of `KINDS`.
+        importance: How much the error of each input channel counts; all alike where it is not given.
+    """
+    form = KINDS[kind]
+    if w.shape[1] % form.block:
+        raise ValueError(f"{w.shape[1]} inputs are no multiple of the {form.block} weights of a block of {kind}")
+    rows = []
+    for part in w.float().split(max(1, _AT_ONCE // w.shape[1])):
+        blocks = part.reshape(-1, form.block)
+        weight = torch.ones_like(blocks)
+        if importance is not None:
+            weight = importance.float().clamp(min=1e-12).expand_as(part).reshape(-1, form.block)
+        rows.append(_ENCODERS[kind](blocks, weight).view(len(part), -1))
+    return torch.cat(rows)
+
+
+def decode(data: UInt8[Tensor, "out bytes"], kind: str) -> Float[Tensor, "out d"]:
+    """Return the matrix that some bytes stand for, in float32."""
+    form = KINDS[kind]
+    return _DECODERS[kind](data.reshape(-1, form.size)).view(len(data), -1)
+
+
+_AT_ONCE = 1 << 22
+"""Weights that are encoded together."""
+
+
+# -- bytes and halves
+
+
+def _half(values: Float[Tensor, " blocks"]) -> UInt8[Tensor, "blocks 2"]:
+    return values.half().view(torch.uint8).view(-1, 2)
+
+
+def _unhalf(data: UInt8[Tensor, "blocks 2"]) -> Float[Tensor, "blocks 1"]:
+    return data.contiguous().view(torch.float16).float()
+
+
+def _stored(values: Tensor) -> Tensor:
+    """Return values as float16 holds them."""
+    return values.half().float()
+
+
+def _safe(values: Tensor) -> Tensor:
+    """Return values that can be divided by; what they divide is 0 where they are."""
+    return torch.where(values == 0, 1.0, values)
+
+
+# -- Q4_0, Q5_0, Q8_0: one scale for 32 weights
+
+
+def _nearest_scale(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+    """Return for each block the scale, of those that map its largest weight to an end, that errs least."""
+    largest = w.gather(1, w.abs().argmax(1, keepdim=True))  # with its sign: it goes to the longer end, `low`
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for step in range(-9, 10):
+        inverse = (low + 0.1 * step * (1 if low < -8 else 0.7)) / _safe(largest)
+        codes = (w * inverse).round().clamp(low, high)
+        scale = _stored(
+            (weight * w * codes).sum(1, keepdim=True) / _safe((weight * codes * codes).sum(1, keepdim=True))
+        )
+        codes = (w / _safe(scale)).round().clamp(low, high)
+        error = (weight * (w - scale * codes) ** 2).sum(1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return torch.where(largest == 0, 0.0, best)
+
+
+def _encode_q4_0(w: Tensor, weight: Tensor) -> Tensor:
+    scale = _nearest_scale(w, weight, -8, 7)
+    codes = ((w / _safe(scale)).round().clamp(-8, 7) + 8).to(torch.uint8)
+    return torch.cat([_half(scale[:, 0]), codes[:, :16] | codes[:, 16:] << 4], 1)
+
+
+def _decode_q4_0(data: Tensor) -> Tensor:
+    codes = torch.cat([data[:, 2:] & 15, data[:, 2:] >> 4], 1)
+    return _unhalf(data[:, :2]) * (codes.float() - 8)
+
+
+def _encode_q5_0(w: Tensor, weight: Tensor) -> Tensor:
+    scale = _nearest_scale(w, weight, -16, 15)
+    codes = ((w / _safe(scale)).round().clamp(-16, 15) + 16).to(torch.uint8)
+    low = (codes[:, :16] & 15) | (codes[:, 16:] & 15) << 4
+    return torch.cat([_half(scale[:, 0]), _bits(codes >> 4), low], 1)
+
+
+def _decode_q5_0(data: Tensor) -> Tensor:
+    codes = torch.cat([data[:, 6:] & 15, data[:, 6:] >> 4], 1) | _unbits(data[:, 2:6]) << 4
+    return _unhalf(data[:, :2]) * (codes.float() - 16)
+
+
+def _bits(flags: UInt8[Tensor, "blocks n"]) -> UInt8[Tensor, "blocks bytes"]:
+    """Return flags as bits, the first one lowest."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (flags.unflatten(1, (-1, 8)) << shifts).sum(2, dtype=torch.uint8)
+
+
+def _unbits(data: UInt8[Tensor, "blocks bytes"]) -> UInt8[Tensor, "blocks n"]:
+    shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
+    return ((data[..., None] >> shifts) & 1).flatten(1)
+
+
+def _encode_q8_0(w: Tensor, weight: Tensor) -> Tensor:
+    scale = _stored(w.abs().amax(1, keepdim=True) / 127)
+    codes = (w / _safe(scale)).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([_half(scale[:, 0]), codes.view(torch.uint8)], 1)
+
+
+def _decode_q8_0(data: Tensor) -> Tensor:
+    return _unhalf(data[:, :2]) * data[:, 2:].contiguous().view(torch.int8).float()
+
+
+# -- groups with a scale and a minimum: Q2_K, Q4_K, Q5_K
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Super-blocks of groups `d · scale · code − dmin · minimum`."""
+
+    codes: UInt8[Tensor, "blocks groups n"]
+    scales: UInt8[Tensor, "blocks groups"]
+    minimums: UInt8[Tensor, "blocks groups"]
+    d: Float[Tensor, " blocks"]
+    dmin: Float[Tensor, " blocks"]
+    """Both as float16 holds them."""
+
+    def weights(self) -> Float[Tensor, "blocks groups n"]:
+        """Return what they stand for."""
+        step, low = self._grid()
+        return step * self.codes - low
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        step = (self.d[:, None] * self.scales)[..., None]
+        return step, (self.dmin[:, None] * self.minimums)[..., None]
+
+
+def affine(
+    w: Float[Tensor, "blocks groups n"], weight: Float[Tensor, "blocks groups n"], *, bits: int, scale_bits: int
+) -> Affine:
+    """Return codes whose weighted squared error is small.
+
+    Args:
+        w: Weights.
+        weight: How much the error of each counts.
+        bits: Of a code.
+        scale_bits: Of a group's scale and of its minimum.
+    """
+    last, top = 2**bits - 1, 2**scale_bits - 1
+    weight = weight * (w.square().mean((1, 2), keepdim=True).sqrt() + w.abs())
+    step, low = _affine_search(w, weight, last)
+    d, scales = _rounded_scales(step, weight.sum(2), top)
+    dmin, minimums = _rounded_scales(low, weight.sum(2), top)
+    found = _affine_codes(w, d, scales, dmin, minimums, last)
+    best, least = found, _error(w, found.weights(), weight)
+    for _ in range(SWEEPS):
+        d, dmin = _affine_refit(w, weight, found)
+        scales, minimums = _affine_rescale(w, weight, found, d, dmin, top)
+        found = _affine_codes(w, d, scales, dmin, minimums, last)
+        error = _error(w, found.weights(), weight)
+        best, least = _better(best, found, error < least), torch.minimum(error, least)
+    return best
+
+
+def _affine_search(w: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Return step and minimum (≥ 0) of every group, not rounded yet."""
+    high, low = w.amax(2, keepdim=True).clamp(min=0), (-w.amin(2, keepdim=True)).clamp(min=0)
+    step = (high + low) / last
+    best_step, best_low = step, low
+    least = torch.full_like(step, torch.inf)
+    for tried in range(-10, 21):
+        # the range shrinks and grows around that of the weights
+        trial = (high + low) / (last + 0.1 * tried * (last / 15 if last < 15 else 1))
+        codes = ((w + low) / _safe(trial)).round().clamp(0, last)
+        fit_step, fit_low = _least_squares(w, weight, codes)
+        codes = ((w + fit_low) / _safe(fit_step)).round().clamp(0, last)
+        error = (weight * (fit_step * codes - fit_low - w) ** 2).sum(2, keepdim=True)
+        better = error < least
+        best_step, best_low = torch.where(better, fit_step, best_step), torch.where(better, fit_low, best_low)
+        least = torch.minimum(error, least)
+    return best_step[..., 0], best_low[..., 0]
+
+
+def _least_squares(w: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return step and minimum ≥ 0 with which codes come nearest to the weights of their group."""
+
+    def total(values: Tensor) -> Tensor:
+        return (weight * values).sum(2, keepdim=True)
+
+    ones, c, cc, x, xc = total(torch.ones_like(w)), total(codes), total(codes * codes), total(w), total(w * codes)
+    determinant = ones * cc - c * c
+    step = (ones * xc - x * c) / _safe(determinant)
+    low = -(cc * x - c * xc) / _safe(determinant)
+    alone = xc / _safe(cc)  # where the best minimum is below 0, none is better
+    flat = (determinant <= 0) | (low < 0) | (step <= 0)
+    return torch.where(flat, alone.clamp(min=0), step), torch.where(flat, 0.0, low)
+
+
+def _rounded_scales(values: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Return a common float16 factor and the integers that it multiplies, for values ≥ 0 of each super-block."""
+    largest = values.amax(1, keepdim=True)
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for tried in range(-4, 5):
+        factor = largest / (top + 0.5 * tried)
+        numbers = (values / _safe(factor)).round().clamp(0, top)
+        factor = _stored(
+            (weight * values * numbers).sum(1, keepdim=True) / _safe((weight * numbers**2).sum(1, keepdim=True))
+        )
+        numbers = (values / _safe(factor)).round().clamp(0, top)
+        error = (weight * (values - factor * numbers) ** 2).sum(1, keepdim=True)
+        best, least = torch.where(error < least, factor, best), torch.minimum(error, least)
+    best = torch.where(largest == 0, 0.0, best)
+    return best[:, 0], (values / _safe(best)).round().clamp(0, top).to(torch.uint8)
+
+
+def _affine_codes(w: Tensor, d: Tensor, scales: Tensor, dmin: Tensor, minimums: Tensor, last: int) -> Affine:
+    step, low = (d[:, None] * scales)[..., None], (dmin[:, None] * minimums)[..., None]
+    codes = torch.where(step == 0, 0.0, ((w + low) / _safe(step)).round().clamp(0, last))
+    return Affine(codes.to(torch.uint8), scales, minimums, d, dmin)
+
+
+def _affine_refit(w: Tensor, weight: Tensor, found: Affine) -> tuple[Tensor, Tensor]:
+    """Return the two factors of each super-block that fit its codes best, all else staying as it is."""
+    a = (found.scales[..., None] * found.codes.float()).flatten(1)
+    b = -found.minimums.float()[..., None].expand_as(w).flatten(1)
+    x, c = w.flatten(1), weight.flatten(1)
+    aa, bb, ab = ((c * p * q).sum(1) for p, q in ((a, a), (b, b), (a, b)))
+    ax, bx = (c * a * x).sum(1), (c * b * x).sum(1)
+    determinant = aa * bb - ab * ab
+    sure = determinant > 1e-6 * aa * bb
+    d = torch.where(sure, (bb * ax - ab * bx) / _safe(determinant), (ax - ab * found.dmin) / _safe(aa))
+    dmin = torch.where(sure, (aa * bx - ab * ax) / _safe(determinant), found.dmin)
+    wrong = (d <= 0) | (dmin < 0)
+    return _stored(torch.where(wrong, found.d, d)), _stored(torch.where(wrong, found.dmin, dmin))
+
+
+def _affine_rescale(
+    w: Tensor, weight: Tensor, found: Affine, d: Tensor, dmin: Tensor, top: int
+) -> tuple[Tensor, Tensor]:
+    """Return scale and minimum of every group as integers, of those near the best ones for its codes."""
+    step, low = _least_squares(w, weight, found.codes.float())
+    return tuple(
+        torch.where(
+            factor[:, None] == 0, old.float(), (value[..., 0] / _safe(factor)[:, None]).round().clamp(0, top)
+        ).to(torch.uint8)
+        for value, factor, old in ((step, d, found.scales), (low, dmin, found.minimums))
+    )  # type: ignore[return-value]
+
+
+def _error(w: Tensor, made: Tensor, weight: Tensor) -> Tensor:
+    return (weight * (w - made) ** 2).sum((1, 2))
+
+
+def _better(best: Affine, found: Affine, where: Tensor) -> Affine:
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(where.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return Affine(
+        choose(found.codes, best.codes),
+        choose(found.scales, best.scales),
+        choose(found.minimums, best.minimums),
+        choose(found.d, best.d),
+        choose(found.dmin, best.dmin),
+    )
+
+
+def _encode_q4_k(w: Tensor, weight: Tensor) -> Tensor:
+    return _affine_bytes(w, weight, bits=4)
+
+
+def _encode_q5_k(w: Tensor, weight: Tensor) -> Tensor:
+    return _affine_bytes(w, weight, bits=5)
+
+
+def _affine_bytes(w: Tensor, weight: Tensor, *, bits: int) -> Tensor:
+    found = affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=bits, scale_bits=6)
+    codes = found.codes.view(-1, 4, 2, 32)  # two groups share 32 bytes
+    low = codes & 15
+    nibbles = (low[:, :, 0] | low[:, :, 1] << 4).flatten(1)
+    parts = [_half(found.d), _half(found.dmin), _six_bits(found.scales, found.minimums)]
+    if bits == 5:
+        shifts = torch.arange(8, dtype=torch.uint8, device=w.device)[:, None]
+        parts.append((found.codes >> 4 << shifts).sum(1, dtype=torch.uint8))
+    return torch.cat([*parts, nibbles], 1)
+
+
+def _decode_q4_k(data: Tensor) -> Tensor:
+    return _affine_weights(data, data[:, 16:], None)
+
+
+def _decode_q5_k(data: Tensor) -> Tensor:
+    return _affine_weights(data, data[:, 48:], data[:, 16:48])
+
+
+def _affine_weights(data: Tensor, nibbles: Tensor, high: Tensor | None) -> Tensor:
+    nibbles = nibbles.view(-1, 4, 32)
+    codes = torch.stack([nibbles & 15, nibbles >> 4], 2).view(-1, 8, 32)
+    if high is not None:
+        shifts = torch.arange(8, dtype=torch.uint8, device=data.device)[:, None]
+        codes = codes | ((high[:, None] >> shifts) & 1) << 4
+    scales, minimums = _unsix_bits(data[:, 4:16])
+    return Affine(codes, scales, minimums, _unhalf(data[:, :2])[:, 0], _unhalf(data[:, 2:4])[:, 0]).weights().flatten(1)
+
+
+def _six_bits(scales: UInt8[Tensor, "blocks 8"], minimums: UInt8[Tensor, "blocks 8"]) -> UInt8[Tensor, "blocks 12"]:
+    """Return eight scales and eight minimums of 6 bits as ggml packs them."""
+    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    second = minimums[:, :4] | minimums[:, 4:] >> 4 << 6
+    return torch.cat([first, second, scales[:, 4:] & 15 | (minimums[:, 4:] & 15) << 4], 1)
+
+
+def _unsix_bits(data: UInt8[Tensor, "blocks 12"]) -> tuple[UInt8[Tensor, "blocks 8"], UInt8[Tensor, "blocks 8"]]:
+    first, second, rest = data[:, :4], data[:, 4:8], data[:, 8:]
+    scales = torch.cat([first & 63, rest & 15 | first >> 6 << 4], 1)
+    return scales, torch.cat([second & 63, rest >> 4 | second >> 6 << 4], 1)
+
+
+def _encode_q2_k(w: Tensor, weight: Tensor) -> Tensor:
+    found = affine(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=2, scale_bits=4)
+    return torch.cat([found.scales | found.minimums << 4, _two_bits(found.codes), _half(found.d), _half(found.dmin)], 1)
+
+
+def _decode_q2_k(data: Tensor) -> Tensor:
+    codes = _untwo_bits(data[:, 16:80]).view(-1, 16, 16)
+    d, dmin = _unhalf(data[:, 80:82])[:, 0], _unhalf(data[:, 82:84])[:, 0]
+    return Affine(codes, data[:, :16] & 15, data[:, :16] >> 4, d, dmin).weights().flatten(1)
+
+
+def _two_bits(codes: UInt8[Tensor, "blocks groups n"]) -> UInt8[Tensor, "blocks 64"]:
+    """Return 256 codes of 2 bits: of each half, four runs of 32 share 32 bytes."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)[:, None]
+    return (codes.reshape(-1, 2, 4, 32) << shifts).sum(2, dtype=torch.uint8).flatten(1)
+
+
+def _untwo_bits(data: UInt8[Tensor, "blocks 64"]) -> UInt8[Tensor, "blocks 256"]:
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)[:, None]
+    return ((data.reshape(-1, 2, 1, 32) >> shifts) & 3).flatten(1)
+
+
+# -- groups with a scale alone: Q3_K, Q6_K
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Super-blocks of groups `d · scale · code`, both signed."""
+
+    codes: Int[Tensor, "blocks groups n"]
+    scales: Int[Tensor, "blocks groups"]
+    d: Float[Tensor, " blocks"]
+    """As float16 holds it."""
+
+    def weights(self) -> Float[Tensor, "blocks groups n"]:
+        """Return what they stand for."""
+        return (self.d[:, None] * self.scales)[..., None] * self.codes
+
+
+def symmetric(
+    w: Float[Tensor, "blocks groups n"], weight: Float[Tensor, "blocks groups n"], *, bits: int, scale_bits: int
+) -> Linear:
+    """Return codes from −2^(bits−1) up whose weighted squared error is small.
+
+    Args:
+        w: Weights.
+        weight: How much the error of each counts.
+        bits: Of a code.
+        scale_bits: Of a group's scale, its sign included.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    ends = -(2 ** (scale_bits - 1)), 2 ** (scale_bits - 1) - 1
+    weight = weight * (w.square().mean((1, 2), keepdim=True).sqrt() + w.abs())
+    step = _linear_search(w, weight, low, high)
+    largest = step.gather(1, step.abs().argmax(1, keepdim=True))
+    best: Linear | None = None
+    least = torch.full_like(largest[:, 0], torch.inf)
+    for tried in range(-4, 5):
+        d = _stored(largest[:, 0] / (ends[0] + 0.25 * tried))
+        found = _linear_codes(w, d, step, low, high, ends)
+        for _ in range(SWEEPS):
+            found = _linear_refit(w, weight, found, low, high, ends)
+        error = _error(w, found.weights(), weight)
+        if best is None:
+            best, least = found, error
+            continue
+        better = error < least
+        best = Linear(
+            torch.where(better[:, None, None], found.codes, best.codes),
+            torch.where(better[:, None], found.scales, best.scales),
+            torch.where(better, found.d, best.d),
+        )
+        least = torch.minimum(error, least)
+    assert best is not None
+    return best
+
+
+def _linear_search(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+    """Return the step of every group, not rounded yet: its sign says which end the largest weight goes to."""
+    largest = w.gather(2, w.abs().argmax(2, keepdim=True))
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for tried in range(-9, 10):
+        codes = (w * (low + 0.1 * tried) / _safe(largest)).round().clamp(low, high)
+        step = (weight * w * codes).sum(2, keepdim=True) / _safe((weight * codes * codes).sum(2, keepdim=True))
+        codes = (w / _safe(step)).round().clamp(low, high)
+        error = (weight * (w - step * codes) ** 2).sum(2, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return torch.where(largest == 0, 0.0, best)[..., 0]
+
+
+def _linear_codes(w: Tensor, d: Tensor, step: Tensor, low: int, high: int, ends: tuple[int, int]) -> Linear:
+    scales = (step / _safe(d)[:, None]).round().clamp(*ends)
+    scales = torch.where(d[:, None] == 0, 0.0, scales)
+    actual = (d[:, None] * scales)[..., None]
+    codes = torch.where(actual == 0, 0.0, (w / _safe(actual)).round().clamp(low, high))
+    return Linear(codes.to(torch.int8), scales.to(torch.int8), d)
+
+
+def _linear_refit(w: Tensor, weight: Tensor, found: Linear, low: int, high: int, ends: tuple[int, int]) -> Linear:
+    codes = found.codes.float()
+    shape = found.scales[..., None] * codes
+    d = (weight * w * shape).sum((1, 2)) / _safe((weight * shape * shape).sum((1, 2)))
+    d = torch.where(d == 0, found.d, _stored(d))
+    step = (weight * w * codes).sum(2) / _safe((weight * codes * codes).sum(2))
+    step = torch.where(step == 0, found.d[:, None] * found.scales, step)
+    return _linear_codes(w, d, step, low, high, ends)
+
+
+def _encode_q6_k(w: Tensor, weight: Tensor) -> Tensor:
+    found = symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=6, scale_bits=8)
+    codes = (found.codes + 32).view(torch.uint8).view(-1, 2, 4, 32)
+    low = (codes[:, :, :2] & 15 | (codes[:, :, 2:] & 15) << 4).flatten(1)  # 0 with 2, 1 with 3
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=w.device)[:, None]
+    high = (codes >> 4 << shifts).sum(2, dtype=torch.uint8).flatten(1)
+    return torch.cat([low, high, found.scales.view(torch.uint8), _half(found.d)], 1)
+
+
+def _decode_q6_k(data: Tensor) -> Tensor:
+    low = data[:, :128].view(-1, 2, 2, 32)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)[:, None]
+    high = (data[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
+    codes = torch.cat([low & 15, low >> 4], 2) | high << 4
+    scales = data[:, 192:208].contiguous().view(torch.int8)
+    signed = codes.reshape(-1, 16, 16).to(torch.int8) - 32
+    return Linear(signed, scales, _unhalf(data[:, 208:])[:, 0]).weights().flatten(1)
+
+
+def _encode_q3_k(w: Tensor, weight: Tensor) -> Tensor:
+    found = symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=3, scale_bits=6)
+    codes = (found.codes + 4).view(torch.uint8).view(-1, 8, 32)
+    shifts = torch.arange(8, dtype=torch.uint8, device=w.device)[:, None]
+    mask = (codes >> 2 << shifts).sum(1, dtype=torch.uint8)
+    scales = (found.scales + 32).view(torch.uint8)
+    nibbles = scales[:, :8] & 15 | (scales[:, 8:] & 15) << 4
+    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=w.device)[:, None]
+    tops = (scales.view(-1, 4, 4) >> 4 << pairs).sum(1, dtype=torch.uint8)
+    return torch.cat([mask, _two_bits(codes & 3), nibbles, tops, _half(found.d)], 1)
+
+
+def _decode_q3_k(data: Tensor) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=data.device)[:, None]
+    third = ((data[:, None, :32] >> shifts) & 1).flatten(1)
+    codes = (_untwo_bits(data[:, 32:96]) | third << 2).to(torch.int8) - 4
+    nibbles, tops = data[:, 96:104], data[:, 104:108]
+    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)[:, None]
+    scales = torch.cat([nibbles & 15, nibbles >> 4], 1) | (((tops[:, None] >> pairs) & 3) << 4).flatten(1)
+    return Linear(codes.view(-1, 16, 16), scales.to(torch.int8) - 32, _unhalf(data[:, 108:])[:, 0]).weights().flatten(1)
+
+
+_ENCODERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Q4_0": _encode_q4_0,
+    "Q5_0": _encode_q5_0,
+    "Q8_0": _encode_q8_0,
+    "Q2_K": _encode_q2_k,
+    "Q3_K": _encode_q3_k,
+    "Q4_K": _encode_q4_k,
+    "Q5_K": _encode_q5_k,
+    "Q6_K": _encode_q6_k,
+}
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": _decode_q4_0,
+    "Q5_0": _decode_q5_0,
+    "Q8_0": _decode_q8_0,
+    "Q2_K": _decode_q2_k,
+    "Q3_K": _decode_q3_k,
+    "Q4_K": _decode_q4_k,
+    "Q5_K": _decode_q5_k,
+    "Q6_K": _decode_q6_k,
+}
