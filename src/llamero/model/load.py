@@ -92,9 +92,8 @@ def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format
 
 def _check_codes(model: Llama, tensors: hf.Tensors) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, tuple(LAYERS.values())):
-            if problem := module.problem():
-                raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.layout.marker}"])
+        if isinstance(module, tuple(LAYERS.values())) and (problem := module.problem()):
+            raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.layout.marker}"])
 
 
 def fill(

@@ -1,7 +1,7 @@
 """What a release needs to run: bytes of its weights in each form, of keys and values, and how many devices hold them.
 
-Weights are those of the model on the meta device, in the layout of the files (`checkpoint.packed`). Which layers are packed is as in published files: the linear
-ones of the decoder layers; embedding, head and norms stay in 16 bits.
+Weights are those of the model on the meta device, in the layout of the files (`checkpoint.packed`). Which layers are
+packed is as in published files: the linear ones of the decoder layers; embedding, head and norms stay in 16 bits.
 """
 
 from collections.abc import Iterable

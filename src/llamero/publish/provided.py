@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 _ORDERS = {"none": "No", "static": "Static", "desc": "Yes"}
 
 
+_MARLIN_GROUPS = (-1, 32, 64, 128)
+"""Group sizes that vLLM's kernels have."""
+
+
 def _vllm(variant: Variant) -> bool:
-    """4 or 8 bits, symmetric, no groups in the order of activation, and group sizes that its kernels have."""
+    """Of GPTQ 4 or 8 bits, symmetric, no groups in the order of activation; of its own format all widths."""
+    if variant.group_size not in _MARLIN_GROUPS:
+        return False
+    if variant.layout != "gptq":
+        return variant.layout != "gptq_v2"
     grouped = variant.group_size != -1
-    return (
-        variant.bits in (4, 8)
-        and variant.sym
-        and variant.group_size in (-1, 32, 64, 128)
-        and not (variant.actorder == "desc" and grouped)
-    )
+    return variant.bits in (4, 8) and variant.sym and not (variant.actorder == "desc" and grouped)
 
 
 VLLM = "vLLM"
@@ -32,9 +35,9 @@ READERS: dict[str, Callable[[Variant], bool]] = {
     "llamero": lambda variant: True,
     "Transformers": lambda variant: True,
     VLLM: _vllm,
-    "ExLlamaV2": lambda variant: variant.bits == 4,
+    "ExLlamaV2": lambda variant: variant.bits == 4 and variant.layout in ("gptq", "gptq_v2"),
 }
-"""Programs that read GPTQ files, and which of them each accepts."""
+"""Programs that read quantized directories, and which of them each accepts."""
 
 
 def readers(variant: Variant) -> list[str]:

@@ -42,6 +42,9 @@ class QuantizeConfig(Strict):
     """The text to look at."""
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Added to the diagonal of the second moments, as a fraction of its mean; raised, and reported, if too little."""
+    refine: int = Field(default=0, ge=0)
+    """Sweeps in which GPTQ's codes and scales are fitted to each other once more; 1 or 2 help at 2 and 3 bits, and each
+    costs about as much as GPTQ itself."""
     sym: bool = True
     """Zero in the middle of every grid. Asymmetric grids are a little better and are read by fewer programs."""
     dtype: Literal["float16", "bfloat16"] = "float16"

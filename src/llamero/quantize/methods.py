@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from llamero.model import rtn
 from llamero.quantize import awq, gptq
 from llamero.quantize.problem import LayerProblems, Solution
+from llamero.quantize.refine import refine
 from llamero.quantize.variants import Variant
 
 Method = Callable[[LayerProblems, Sequence[Variant]], Iterator[Solution]]
@@ -33,6 +34,9 @@ def _gptq(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solutio
                 sym=variant.sym,
                 static=variant.actorder == "static",
             )
+            if layer.refine:
+                moment = problem.statistics.second_moment
+                codes = refine(problem.weight, moment, codes, damp=factor.damp, sweeps=layer.refine)
             solution.add(problem, codes, damp=factor.damp, dead=int(factor.dead.sum()))
         yield solution
 

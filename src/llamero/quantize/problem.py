@@ -56,6 +56,8 @@ class LayerProblems:
     block: Block
     inputs: Mapping[str, Problem]
     """By the keys of `INPUTS`."""
+    refine: int = 0
+    """Sweeps of coordinate descent after GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,19 @@ class Solution:
             self.codes[name], self.fits[name] = part, Fit(error, total, damp, dead)
 
 
-def pose(layer: Layer, *, damp: float) -> LayerProblems:
+def pose(layer: Layer, *, damp: float, refine: int = 0) -> LayerProblems:
     """Return what is to be solved of a decoder layer.
+
+    Args:
+        layer: The layer and what flowed into it.
+        damp: Damping asked for.
+        refine: Sweeps after GPTQ.
 
     Raises:
         LlameroError: If weights are not finite.
     """
-    return LayerProblems(layer.number, layer.block, {source: _problem(layer, source, damp=damp) for source in INPUTS})
+    inputs = {source: _problem(layer, source, damp=damp) for source in INPUTS}
+    return LayerProblems(layer.number, layer.block, inputs, refine)
 
 
 def _problem(layer: Layer, source: str, *, damp: float) -> Problem:

@@ -68,6 +68,7 @@ class VariantReport:
         return {
             "name": self.variant.name,
             "method": self.variant.method,
+            "layout": self.variant.layout,
             "bits": self.variant.bits,
             "group_size": self.variant.group_size,
             "actorder": self.variant.actorder,
@@ -137,7 +138,7 @@ def run(
         outside = [name for name in stored if not name.startswith("model.layers.")]
         _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
         for layer in calibrate.stream(model, shape, tokens, device=device):
-            _solve_layer(layer, works, damp=config.damp)
+            _solve_layer(layer, works, config)
             del layer  # before the next one is read, not after
         _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
         return [_finish(work, meta, model, tokens, damp=config.damp) for work in works]
@@ -159,9 +160,9 @@ def _copy(works: list[_Work], names: dict[str, str], tensors: hf.Tensors) -> Non
 
 
 @torch.no_grad()
-def _solve_layer(layer: Layer, works: list[_Work], *, damp: float) -> None:
+def _solve_layer(layer: Layer, works: list[_Work], config: QuantizeConfig) -> None:
     """Quantize a decoder layer once for every variant and write it."""
-    problems = pose(layer, damp=damp)
+    problems = pose(layer, damp=config.damp, refine=config.refine)
     for name, method in METHODS.items():
         mine = [work for work in works if work.variant.method == name]
         solutions = method(problems, [work.variant for work in mine])

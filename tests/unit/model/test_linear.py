@@ -72,7 +72,9 @@ def packed_layer(form, *, mixed_groups=False):
     torch.nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(0))
     layer = encode(plain, form)
     if mixed_groups and isinstance(layer, GroupLinear):
-        layer.g_idx = layer.g_idx[torch.randperm(256, generator=torch.Generator().manual_seed(1))].contiguous()
+        layer.g_idx = layer.get_buffer("g_idx")[
+            torch.randperm(256, generator=torch.Generator().manual_seed(1))
+        ].contiguous()
     return layer
 
 

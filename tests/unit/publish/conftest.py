@@ -123,7 +123,14 @@ def inputs(make) -> ReleaseInputs:
     variants = []
     for name, how in VARIANTS.items():
         rtn = name.startswith("rtn")
-        summary = {"name": name, "method": "rtn" if rtn else "gptq", **how, "sym": True, "size_bytes": 35_330_000_000}
+        summary = {
+            "name": name,
+            "method": "rtn" if rtn else "gptq",
+            "layout": "gptq",
+            **how,
+            "sym": True,
+            "size_bytes": 35_330_000_000,
+        }
         summary |= {"damp": None if rtn else 0.01}
         summary |= {"calibration": {"source": "talk", "sequence": 512}, "tokens": 65_536}
         layers = [{"name": f"layer {n}", "damp": summary["damp"], "dead_channels": 0} for n in range(3)]

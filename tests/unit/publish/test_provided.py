@@ -8,8 +8,17 @@ from llamero.publish.release import Variant
 Actorder = Literal["none", "static", "desc"]
 
 
-def variant(bits: int = 4, group_size: int = 128, actorder: Actorder = "none", sym: bool = True) -> Variant:
-    return Variant("v", "gptq", bits, group_size, actorder, sym, 0.01, 1, 512, {}, [])
+Layout = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
+
+
+def variant(
+    bits: int = 4,
+    group_size: int = 128,
+    actorder: Actorder = "none",
+    sym: bool = True,
+    layout: Layout = "gptq",
+) -> Variant:
+    return Variant("v", "gptq", layout, bits, group_size, actorder, sym, 0.01, 1, 512, {}, [])
 
 
 @pytest.mark.parametrize(
@@ -24,6 +33,10 @@ def variant(bits: int = 4, group_size: int = 128, actorder: Actorder = "none", s
         ({"bits": 2}, False, False),
         ({"sym": False}, False, True),
         ({"group_size": 16}, False, True),
+        ({"layout": "gptq_v2"}, False, True),
+        ({"layout": "awq", "sym": False}, True, False),
+        ({"layout": "compressed-tensors", "bits": 3, "sym": False}, True, False),
+        ({"layout": "compressed-tensors", "group_size": 16}, False, False),
     ],
 )
 def test_who_reads_a_variant(how, vllm, exllama):

@@ -320,3 +320,36 @@ def test_on_a_real_model_gptq_is_nearer_than_rounding(tmp_path):
             for r in reports
         )
     assert solved < 0.5 * rounded < 0.01
+
+
+OTHERS = (
+    "gptq-4bit-32g-actorder_True-v2",
+    "gptq-5bit-32g-actorder_static-ct",
+    "gptq-3bit--1g-actorder_False-asym-ct",
+    "awq-4bit-32g",
+    "awq-3bit-32g-ct",
+)
+
+
+def test_every_layout_is_read_as_it_was_solved(model, tokens, tmp_path, monkeypatch):
+    solved = {}
+    write = VariantWriter.add_layer
+
+    def listen(self, number, block, solution):
+        prefix = f"model.layers.{number}."
+        weights = {f"{prefix}{name}.weight": codes.dequantize() for name, codes in solution.codes.items()}
+        changed = {prefix + name: value.half().float() for name, value in solution.changed.items()}
+        solved.setdefault(self.directory.name, {}).update(weights | changed)
+        write(self, number, block, solution)
+
+    monkeypatch.setattr(VariantWriter, "add_layer", listen)
+    run(config(variants=OTHERS), model=model, out=lambda v: tmp_path / v.name, tokens=tokens)
+    ids = torch.arange(30)[None]
+    for name in OTHERS:
+        plain, packed = load_model(model, dtype=torch.float32), load_model(tmp_path / name, dtype=torch.float32)
+        stored = dict(load_model(tmp_path / name).named_parameters())
+        with torch.no_grad():
+            for key, parameter in plain.named_parameters():
+                parameter.copy_(solved[name][key] if key in solved[name] else stored[key].float())
+            assert sum(isinstance(module, GroupLinear) for module in packed.modules()) == 14
+            assert torch.equal(packed(ids), plain(ids)), name
