@@ -237,7 +237,7 @@ def shell(layer: nn.Linear, form: str) -> PackedLinear:
         if isinstance(double, bool):
             packed: PackedLinear = Nf4Linear(inputs, outputs, double=double, bias=bias is not None)
         else:
-            packed = GptqLinear(inputs, outputs, layout=double, bias=bias is not None)
+            packed = GroupLinear(inputs, outputs, layout=double, bias=bias is not None)
     return packed.train(layer.training)
 
 
@@ -256,25 +256,13 @@ def encode(layer: nn.Linear, form: str) -> PackedLinear:
         LlameroError: The form does not exist, or does not divide the layer.
     """
     coded, bias = shell(layer, form), dict(layer.named_parameters()).get("bias")
-    if isinstance(coded, GptqLinear):
+    if isinstance(coded, GroupLinear):
         layout = coded.layout
-        codes = gptq.encode(rtn.quantize(layer.weight.float(), bits=layout.bits, group_size=layout.group_size))
+        weight = rtn.quantize(layer.weight.float(), bits=layout.bits, group_size=layout.group_size)
+        codes = layout.encode(weight)
     else:
-<<<<<<< HEAD
         codes = nf4.encode(layer.weight, double=form == "nf4-double")
     for name, tensor in codes.items():
-=======
-        found = _RTN.fullmatch(form)
-        if found is None:
-            raise LlameroError(f"unknown packed form `{form}`", fix="nf4, nf4-double, or rtn-4bit-128g and its kin")
-        bits, group = int(found["bits"]), int(found["group"])
-        if inputs % gptq.MULTIPLE or outputs % gptq.MULTIPLE or (group > 0 and inputs % group):
-            raise _does_not_fit(layer, form, f"both must be multiples of {gptq.MULTIPLE}, and its inputs of the group")
-        layout = gptq.Format(bits, group, zero_offset=1)
-        coded = GroupLinear(inputs, outputs, layout=layout, bias=bias is not None)
-        tensors = layout.encode(rtn.quantize(layer.weight.float(), bits=bits, group_size=group))
-    for name, tensor in tensors.items():
->>>>>>> 30f2a7e (One seam for methods and formats: AWQ, compressed-tensors and GPTQ v2 beside GPTQ; AWQ scored by second moments)
         coded.register_buffer(name, tensor)
     coded.bias = bias
     return coded.train(layer.training)

@@ -13,7 +13,7 @@ from llamero.checkpoint.hf import Region
 from llamero.core.errors import LlameroError
 from llamero.model.adapter_config import AdapterConfig
 from llamero.model.adapters import first_factor
-from llamero.model.linear import GptqLinear, PackedLinear, encode, linear
+from llamero.model.linear import GroupLinear, PackedLinear, encode, linear
 from llamero.model.llama import Llama, fresh
 from llamero.model.load import EMBEDDING, HEAD, stored_names
 
@@ -226,7 +226,7 @@ class Adapted:
             weight = self._of.part(f"{name}.weight", everything(layer.whole)).to(self._dtype)
             plain.weight = nn.Parameter(weight, requires_grad=False)
             return encode(plain, self._config.base).codes()
-        assert isinstance(layer, GptqLinear)
+        assert isinstance(layer, GroupLinear)
         found = {leaf: self._of.part(f"{name}.{leaf}", everything(shape)) for leaf, shape in layer.shapes().items()}
         if problem := layer.problem(found):
             raise LlameroError(f"`{name}`: {problem}", where="codes of the base", fix="download it again")
