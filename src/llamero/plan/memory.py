@@ -15,7 +15,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamero.engine.loop import autocast
@@ -23,8 +23,11 @@ from llamero.engine.noise import rates
 from llamero.engine.optimizer import adamw
 from llamero.engine.stage import StageConfig
 from llamero.kernels.attention import as_on_cuda
+from llamero.model.adapter_config import AdapterConfig
+from llamero.model.adapters import attach
 from llamero.model.config import LlamaConfig
 from llamero.model.dropout import Noise
+from llamero.model.linear import shell
 from llamero.model.llama import Llama
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.imagined import first_of, imagined
@@ -189,8 +192,7 @@ def _weighed(
         if found.keys() == wanted:
             break
         with imagined(plain, rank=first_of(plain, place)) as world:
-            with torch.device("meta"):
-                model = Llama(config)
+            model = _model(config, stage.adapter, half=precision is not None)
             spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
             orders = orders or [_orders(spread, each) for each in range(parallel.pipeline)]
             with _without_numbers(device):
@@ -200,6 +202,21 @@ def _weighed(
                         found[part.first, part.last] = _weigh(part, spread, stage)
     gc.unfreeze()
     return found, orders
+
+
+def _model(config: LlamaConfig, adapter: AdapterConfig | None, *, half: bool) -> Llama:
+    """Return the model of a stage on the meta device, with its adapter and its base in the form that it rests in."""
+    with torch.device("meta"):
+        model = Llama(config)
+        if adapter is None:
+            return model
+        if half:  # what is frozen rests in the precision that it is used in
+            model = model.to(torch.bfloat16)
+        for name, layer in list(model.model.layers.named_modules()):
+            if adapter.base is not None and isinstance(layer, nn.Linear):
+                model.model.layers.set_submodule(name, shell(layer, adapter.base))
+        attach(model, adapter, seed=0)
+    return model
 
 
 @contextmanager

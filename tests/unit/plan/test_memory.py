@@ -131,3 +131,22 @@ def test_an_imagined_process_is_gone_afterwards():
         assert not dist.is_initialized()
     with pytest.raises(ValueError, match="no rank 8"), imagined(parallel, rank=8):
         pass
+
+
+def test_an_adapter_has_its_base_frozen_and_its_factors_trained():
+    adapter = {"lora": 8, "targets": ["q_proj", "down_proj"]}
+    (found,) = memory(shape(), stage(adapter=adapter), ParallelConfig(), device="cuda")
+    factors = 6 * 8 * ((64 + 64) + (96 + 64))
+    assert found.gradients == 4 * factors
+    assert found.optimizer == 8 * factors + 4 * 6 * 4
+    assert found.weights == 2 * numbers(shape()) + 4 * factors  # what is frozen rests in bfloat16
+
+
+@pytest.mark.parametrize(("base", "bits"), [("nf4", 4 + 32 / 64), ("rtn-4bit-32g", 4 + (16 + 4) / 32)])
+def test_a_packed_base_weighs_what_its_codes_weigh(base, bits):
+    adapter = {"lora": 8, "targets": ["q_proj"], "base": base}
+    (found,) = memory(shape(), stage(adapter=adapter), ParallelConfig())
+    (plain,) = memory(shape(), stage(adapter={"lora": 8, "targets": ["q_proj"]}), ParallelConfig())
+    packed = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    groups = 6 * 4 * (6 * 64 + 96) if base.startswith("rtn") else 0  # of each input channel
+    assert plain.weights - found.weights == packed * 2 - packed * bits / 8 - groups
