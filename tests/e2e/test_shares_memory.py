@@ -55,13 +55,12 @@ def test_the_peak_of_a_process_is_its_share_and_one_tensor(tmp_path, monkeypatch
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
+    sizes = [parameter.numel() * 4 for parameter in model.parameters()]
     for name, layers in {"large": CONFIG["num_hidden_layers"], "small": 2}.items():
         (tmp_path / name).mkdir()
         if name == "small":  # what is imported on the way is not the model's
             model = Llama(from_hf(CONFIG | {"num_hidden_layers": layers, "vocab_size": 10}, where="here"))
         save_model(model, tmp_path / name)
-        if name == "large":
-            sizes = [parameter.numel() * 4 for parameter in model.parameters()]
     warm = [
         {"name": f"warm {name}", "start": str(tmp_path / "small"), "parallel": keys, "save": True}
         for name, keys in LAYOUTS.items()
@@ -70,7 +69,7 @@ def test_the_peak_of_a_process_is_its_share_and_one_tensor(tmp_path, monkeypatch
         {"name": name, "start": str(tmp_path / "large"), "parallel": keys, "save": True}
         for name, keys in LAYOUTS.items()
     ]
-    script = str(Path(layouts.__file__).parent / "shares.py")
+    script = str(Path(str(layouts.__file__)).parent / "shares.py")
     ended = layouts.end(layouts.start([*warm, *orders], processes=4, where=tmp_path / "four", script=script))
     assert not any(code for code, _ in ended), [err[-2000:] for _, err in ended]
     slack = 24 * 2**20  # of the allocator, and pages of files

@@ -165,7 +165,7 @@ def _draw_accuracies(axes: Axes, curves: dict[str, tuple[NDArray[np.float64], ND
     low, high = axes.get_ylim()
     axes.set_ylim(max(0.0, low), min(100.0, high + 0.35 * (high - low)))
     axes.set_ylabel("accuracy, %", color=INK)
-    _tidy(axes, place="upper left")
+    _tidy(axes, left=True)
 
 
 # -- all of them
@@ -201,7 +201,7 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     return (total[place + reach + 1] - total[place - reach]) / (2 * reach + 1)
 
 
-def _tidy(axes: Axes, rate: Axes | None = None, title: str = "", place: str = "upper right") -> None:
+def _tidy(axes: Axes, rate: Axes | None = None, title: str = "", *, left: bool = False) -> None:
     both = [axes, *([] if rate is None else [rate])]
     legends = [each.get_legend_handles_labels() for each in both]
     handles = [handle for of, _ in legends for handle in of]
@@ -212,7 +212,7 @@ def _tidy(axes: Axes, rate: Axes | None = None, title: str = "", place: str = "u
         frameon=False,
         fontsize=8.5,
         labelcolor=INK,
-        loc=place,
+        loc="upper left" if left else "upper right",
         title=title or None,
         title_fontsize=8,
         ncols=1 if len(labels) < 5 else 2,

@@ -23,10 +23,8 @@ def shape(layers: int = 4, **keys: Any) -> Any:
     from llamero.model.config import LlamaConfig
     from llamero.model.rope import Default
 
-    return LlamaConfig(
-        **(SHAPE | {"num_layers": layers, "head_dim": 16, "max_position_embeddings": 128} | keys),
-        rope=Default(10000.0, 16),
-    )
+    about: dict[str, Any] = SHAPE | {"num_layers": layers, "head_dim": 16, "max_position_embeddings": 128} | keys
+    return LlamaConfig(**about, rope=Default(10000.0, 16))
 
 
 def stage(**keys: Any) -> Any:
