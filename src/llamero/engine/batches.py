@@ -89,8 +89,7 @@ class Batches:
         stage: Sequence length, batch, what is learned, what happens to over-long documents.
         seed: Decides the order.
         where: Name of the data, for errors.
-        self._sources = sources
-        self._tokens, self._roles, self._where = tokens, roles, where
+        sources: Which documents are of which source, where that is known.
     """
 
     def __init__(

@@ -100,7 +100,8 @@ def train(  # noqa: PLR0913  (all that a stage is)
     spread.allocate()
     optimizer = adamw(spread.module, stage)
     checkpoints = directory / "checkpoints"
-    first = _begin(spread, stage, optimizer, checkpoints, weights=weights, start=start)
+    with world.missing_named():
+        first = _begin(spread, stage, optimizer, checkpoints, weights=weights, start=start)
     refuse_small_disk(checkpoints, stage, spread, steps=batches.steps)
     saver = Saver(checkpoints, stage, weights=spread.named(), optimizer=optimizer, world=world)
     run = _Run(spread, stage, batches, seed)
@@ -153,7 +154,9 @@ def train(  # noqa: PLR0913  (all that a stage is)
 def _take_best(checkpoints: Path, spread: Spread, optimizer: torch.optim.Optimizer) -> int:
     """Go back to the checkpoint with the lowest validation loss and return its step."""
     world = spread.world
-    best = world.told(best_of(resume.finished(checkpoints)) if world.speaks else None)
+    with world.together():
+        best = best_of(resume.finished(checkpoints)) if world.speaks else None
+    best = world.told(best)
     if best is None:
         raise LlameroError(
             "`export_best`: no checkpoint has a validation loss",

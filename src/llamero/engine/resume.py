@@ -22,17 +22,18 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from llamero.checkpoint import hf
 from llamero.core import files
 from llamero.core.errors import LlameroError
+from llamero.model.weights import finite
 from llamero.parallel.world import World, local
 
 STATE = "state.json"
 _NAME = re.compile(r"step-\d{8,}")
 _BEFORE = "remove this directory: the run goes on from the checkpoint before it, or from the start"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-Weights = Mapping[str, nn.Parameter]
+Parameters = Mapping[str, nn.Parameter]
 
 
 def load(
-    directory: Path, *, weights: Weights, optimizer: torch.optim.Optimizer, world: World, step: int | None = None
+    directory: Path, *, weights: Parameters, optimizer: torch.optim.Optimizer, world: World, step: int | None = None
 ) -> int:
     """Fill weights and optimizer from the last checkpoint and return its step; 0 where there is none.
 
@@ -80,7 +81,7 @@ def remove(directory: Path) -> None:
         shutil.rmtree(aside)
 
 
-def state_of(weights: Weights, moment: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Any]:
+def state_of(weights: Parameters, moment: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Any]:
     """Return all tensors of a checkpoint under their names in it; what is frozen is where the training started."""
     trained = {name: parameter for name, parameter in weights.items() if parameter.requires_grad}
     state: dict[str, Any] = {name: parameter.detach() for name, parameter in trained.items()}
@@ -184,14 +185,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _refuse_not_finite(checkpoint: Path, state: dict[str, Any], world: World) -> None:
     """Refuse numbers that no training goes on from; a checksum says only that they were written so."""
-    odd = [name for name, value in state.items() if not all_finite(local(value))]
+    odd = [name for name, value in state.items() if not finite(local(value))]
     said = sorted({name for part in world.gather(odd) for name in part})
     if said:
         more = f" and {len(said) - 1} other tensors" if len(said) > 1 else ""
         problem = f"`{said[0]}`{more} of the checkpoint: numbers that are not finite"
         raise LlameroError(problem, where=checkpoint, fix=_BEFORE)
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither NaN nor infinity, without memory of its size."""
-    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())

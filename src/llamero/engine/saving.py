@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from llamero.core import files
 from llamero.core.errors import LlameroError
 from llamero.core.interrupt import Interrupted
-from llamero.engine.resume import STATE, Weights, all_finite, drop, finished, loss_of, state_of
+from llamero.engine.resume import STATE, Parameters, drop, finished, loss_of, state_of
 from llamero.engine.stage import StageConfig
+from llamero.model.weights import finite
 from llamero.parallel.spread import Spread
 from llamero.parallel.world import World, local
 
@@ -51,7 +52,13 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, stage: StageConfig, *, weights: Weights, optimizer: torch.optim.Optimizer, world: World
+        self,
+        directory: Path,
+        stage: StageConfig,
+        *,
+        weights: Parameters,
+        optimizer: torch.optim.Optimizer,
+        world: World,
     ) -> None:
         self._directory, self._stage, self._world = directory, stage, world
         self._weights, self._optimizer = weights, optimizer
@@ -60,8 +67,9 @@ class Saver:
         self._plan: SavePlan | None = None
         self._metadata: Metadata | None = None
         self._pending: _Pending | None = None
-        losses = world.told([loss_of(path) for path in finished(directory)] if world.speaks else [])
-        self._best = min((loss for loss in losses if loss is not None), default=math.inf)
+        with world.together():
+            losses = [loss_of(path) for path in finished(directory)] if world.speaks else []
+        self._best = min((loss for loss in world.told(losses) if loss is not None), default=math.inf)
 
     def wants(self, step: int, validation_loss: float | None) -> bool:
         """Return whether the state after a step is to be saved: it is time, or it is the best so far."""
@@ -173,7 +181,7 @@ class Saver:
         if self._world.speaks:
             try:
                 work()
-            except OSError as error:
+            except (OSError, LlameroError) as error:
                 problem = _Problem.of(error)
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would only be in the way
         problem = self._world.told(problem)
@@ -282,7 +290,7 @@ class _Copies(DefaultSavePlanner):
                 self._taken[item.index] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
             self._taken[item.index].copy_(tensor, non_blocking=self._pinned)
         if copied and self._pinned:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the current device is the world's
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return a tensor to write.
@@ -293,7 +301,7 @@ class _Copies(DefaultSavePlanner):
         if self.stopped.is_set():
             raise InterruptedError("stopped")
         tensor = self._taken[write_item.index]
-        if not all_finite(tensor):
+        if not finite(tensor):
             raise LlameroError(f"`{write_item.index.fqn}` has numbers that are not finite", fix="lower `lr`")
         return tensor
 

@@ -165,8 +165,8 @@ def sharded_linear_cross_entropy(
     """Return the loss of `linear_cross_entropy`, the same on every process of a group that shares the head.
 
     Only three numbers a token cross the wire: its highest logit, its sum of exponentials, its target's logit; and the
-    likeliest token where it is asked whether that is right. The
-    gradient of `hidden` is that of this share alone: the caller sums it over the group.
+    likeliest token where it is asked whether that is right. The gradient of `hidden` is that of this share alone: the
+    caller sums it over the group.
 
     Args:
         hidden: Last hidden states, the same on every process.
@@ -176,7 +176,6 @@ def sharded_linear_cross_entropy(
         share: Which rows these are; `None` if they are all.
         z_loss: How much large logits cost.
         seen: Filled with what is seen of each position, the same on every process.
-        seen: Filled with what is seen of each position.
     """
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()

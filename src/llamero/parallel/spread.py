@@ -338,6 +338,7 @@ class Spread:
         """
         here, world = self.world.along("pipeline"), self.world
         for name in names:
+            world.barrier()  # nobody is ahead of the first process by more than a tensor, however slowly it writes
             owner, tensor = self._pipeline_rank(name), None
             if owner == here:
                 tensor = value(name, self._sends(owner))

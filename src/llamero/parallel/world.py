@@ -42,6 +42,8 @@ class World:
         self.device = device(parallel)
         self.rank, self.size = environment.rank(), environment.size()
         environment.refuse_other_size(parallel.gpus)
+        if self.device.index is not None:  # events, pinned copies and NCCL go by the current device
+            torch.cuda.set_device(self.device)
         self.mesh: DeviceMesh | None = None
         if self.size > 1:
             _join(parallel, self.device)
@@ -159,8 +161,6 @@ def _join(parallel: ParallelConfig, where: torch.device) -> None:
     if dist.is_initialized():
         return
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=parallel.timeout)))
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     timeout = timedelta(seconds=2 * parallel.timeout)  # the watch speaks first
     meeting = PrefixStore("group", store)
@@ -251,5 +251,7 @@ def _meeting() -> Iterator[None]:
     assert _watch is not None
     _watch.meetings += 1
     _watch.waiting_since = time.monotonic()
-    yield
-    _watch.waiting_since = None
+    try:
+        yield
+    finally:
+        _watch.waiting_since = None

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from llamero.text.render import generation_config, render
 from llamero.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+_MEMINFO = Path("/proc/meminfo")
 
 Asked = tuple[str, choices.Item]
 """A question and its possible answers."""
@@ -149,8 +151,12 @@ def whole_model(model: Llama, spread: Spread) -> Llama | None:
 
 
 def _free(device: torch.device) -> int:
-    """Return the bytes that are free where this process works."""
+    """Return the bytes that can be had where this process works; of a CPU that does not tell, all of its memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    said = _MEMINFO.read_text() if _MEMINFO.exists() else ""
+    found = re.search(r"^MemAvailable: *(\d+) kB", said, re.MULTILINE)
+    if found is not None:  # with what the cache of files, such as that of the weights, gives back when asked
+        return 1024 * int(found[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
