@@ -8,14 +8,14 @@ only the first few of them are run; a pipeline's micro-batches in flight are tho
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamero.engine.loop import autocast
@@ -27,8 +27,9 @@ from llamero.model.adapter_config import AdapterConfig
 from llamero.model.adapters import attach
 from llamero.model.config import LlamaConfig
 from llamero.model.dropout import Noise
-from llamero.model.linear import shell
+from llamero.model.linear import shells
 from llamero.model.llama import Llama
+from llamero.parallel.adapted import refuse_cuts
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.imagined import first_of, imagined
 from llamero.parallel.layout import layers_of, refuse_impossible
@@ -132,6 +133,24 @@ def memory(config: LlamaConfig, stage: StageConfig, parallel: ParallelConfig, *,
     return found
 
 
+def refusal(config: LlamaConfig, stage: StageConfig) -> Callable[[ParallelConfig], None]:
+    """Return what refuses a layout that the model of a stage cannot have.
+
+    Args:
+        config: The model, its vocabulary as it is trained.
+        stage: Its batch, and the form that a frozen base rests in.
+    """
+    packed = stage.adapter is not None and stage.adapter.base is not None
+    model = _model(replace(config, num_layers=1), stage.adapter, half=False) if packed else None
+
+    def refuse(parallel: ParallelConfig) -> None:
+        refuse_impossible(parallel, config, batch=stage.batch)
+        if model is not None:
+            refuse_cuts(parallel, model)
+
+    return refuse
+
+
 def _at_worst(
     pieces: Sequence[_Piece], passes: Sequence[tuple[str, int]], parallel: ParallelConfig, stage: StageConfig
 ) -> Memory:
@@ -187,21 +206,30 @@ def _weighed(
     wanted = {_kind(piece, parallel) for piece in range(parallel.pieces)}
     found: dict[tuple[bool, bool], _Piece] = {}
     orders: list[list[tuple[str, int]]] = []
-    gc.freeze()  # what is here already need not be looked through again and again
-    for place in dict.fromkeys((0, parallel.pipeline - 1, min(1, parallel.pipeline - 1))):
-        if found.keys() == wanted:
-            break
-        with imagined(plain, rank=first_of(plain, place)) as world:
-            model = _model(config, stage.adapter, half=precision is not None)
-            spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
-            orders = orders or [_orders(spread, each) for each in range(parallel.pipeline)]
-            with _without_numbers(device):
-                spread.allocate()
-                for part in spread.parts:
-                    if (part.first, part.last) not in found:
-                        found[part.first, part.last] = _weigh(part, spread, stage)
-    gc.unfreeze()
+    with _looking_at_what_is_new():
+        for place in dict.fromkeys((0, parallel.pipeline - 1, min(1, parallel.pipeline - 1))):
+            if found.keys() == wanted:
+                break
+            with imagined(plain, rank=first_of(plain, place)) as world:
+                model = _model(config, stage.adapter, half=precision is not None)
+                spread = Spread(model, world, batch=stage.batch, sequence=stage.sequence, autocast=precision)
+                orders = orders or [_orders(spread, each) for each in range(parallel.pipeline)]
+                with _without_numbers(device):
+                    spread.allocate()
+                    for part in spread.parts:
+                        if (part.first, part.last) not in found:
+                            found[part.first, part.last] = _weigh(part, spread, stage)
     return found, orders
+
+
+@contextmanager
+def _looking_at_what_is_new() -> Iterator[None]:
+    """Let the collection of garbage pass over what is here already, again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _model(config: LlamaConfig, adapter: AdapterConfig | None, *, half: bool) -> Llama:
@@ -212,9 +240,8 @@ def _model(config: LlamaConfig, adapter: AdapterConfig | None, *, half: bool) ->
             return model
         if half:  # what is frozen rests in the precision that it is used in
             model = model.to(torch.bfloat16)
-        for name, layer in list(model.model.layers.named_modules()):
-            if adapter.base is not None and isinstance(layer, nn.Linear):
-                model.model.layers.set_submodule(name, shell(layer, adapter.base))
+        if adapter.base is not None:
+            shells(model, adapter.base)
         attach(model, adapter, seed=0)
     return model
 

@@ -15,11 +15,10 @@ from llamero.core.hardware import ACCELERATORS, Accelerator, of_device
 from llamero.engine.stage import DropoutConfig, StageConfig
 from llamero.model.config import LlamaConfig
 from llamero.parallel.config import ParallelConfig
-from llamero.parallel.layout import refuse_impossible
 from llamero.plan import base
 from llamero.plan.cluster import Cluster
 from llamero.plan.data import Data, Said, of_stage
-from llamero.plan.memory import Memory, memory
+from llamero.plan.memory import Memory, memory, refusal
 from llamero.plan.search import ROOM, Candidate, Found, less, search
 from llamero.plan.serving import least, serving
 from llamero.plan.time import Layout, Parts, Work, peak, step_time
@@ -252,6 +251,7 @@ class _Stage:
         rows = {"batch": data.rows, "batch_samples": None, "batch_tokens": None}
         self.full = stage.model_copy(update=rows)
         """The stage as its largest step is."""
+        self.refuse = refusal(config, self.full)
 
     def plan(self, recipe: Recipe, best: int) -> StagePlan:
         """Return what is needed with the recipe's layout, and with the best ones."""
@@ -263,6 +263,7 @@ class _Stage:
             batch=self.data.rows,
             like=recipe.parallel,
             weigh=lambda parallel: max(self._weigh(parallel), key=lambda one: one.total),
+            refuse=self.refuse,
             count=best,
         )
         whole, trained = base.parameters(self.config, self.stage)
@@ -282,7 +283,7 @@ class _Stage:
             except ValidationError as error:
                 return None, error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         try:
-            refuse_impossible(parallel, self.config, batch=self.data.rows)
+            self.refuse(parallel)
         except LlameroError as error:
             return None, f"{error.problem}; {error.fix}" if error.fix else error.problem
         return self._planned(parallel), ""

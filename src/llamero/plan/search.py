@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llamero.plan.cluster import Cluster
     from llamero.plan.memory import Memory
 
+Refuse = Callable[[ParallelConfig], None]
+"""Raises a `LlameroError` where a model cannot have a layout."""
 Weigh = Callable[[ParallelConfig], "Memory"]
 """Returns what the fullest device holds under a layout."""
 
@@ -67,7 +70,9 @@ class Found:
     """Whether it stopped weighing before it found as many as were asked for."""
 
 
-def possible(config: LlamaConfig, cluster: Cluster, *, batch: int, like: ParallelConfig) -> Iterator[ParallelConfig]:
+def possible(
+    config: LlamaConfig, cluster: Cluster, *, batch: int, like: ParallelConfig, refuse: Refuse | None = None
+) -> Iterator[ParallelConfig]:
     """Yield every layout that the model can have, in no order.
 
     Args:
@@ -75,7 +80,9 @@ def possible(config: LlamaConfig, cluster: Cluster, *, batch: int, like: Paralle
         cluster: Its devices; tensor parallelism stays inside a node.
         batch: Rows of a step.
         like: Gives what is not searched: compilation, precision of sums.
+        refuse: Refuses what the model cannot have; `refuse_impossible` by default.
     """
+    refuse = refuse or partial(refuse_impossible, config=config, batch=batch)
     gpus = cluster.gpus
     for tensor, pipeline in product(_divisors(cluster.per_node), _divisors(gpus)):
         if gpus % (tensor * pipeline) or tensor * pipeline > gpus:
@@ -85,7 +92,7 @@ def possible(config: LlamaConfig, cluster: Cluster, *, batch: int, like: Paralle
             continue
         for keys in _keys(data, pipeline, rows=-(-batch // data)):
             made = _made({**like.model_dump(), **keys, "gpus": gpus, "tensor": tensor, "pipeline": pipeline})
-            if made is not None and _legal(made, config, batch):
+            if made is not None and _legal(made, refuse):
                 yield made
 
 
@@ -120,9 +127,9 @@ def _made(keys: dict[str, Any]) -> ParallelConfig | None:
         return None
 
 
-def _legal(parallel: ParallelConfig, config: LlamaConfig, batch: int) -> bool:
+def _legal(parallel: ParallelConfig, refuse: Refuse) -> bool:
     try:
-        refuse_impossible(parallel, config, batch=batch)
+        refuse(parallel)
     except LlameroError:
         return False
     return True
@@ -133,7 +140,15 @@ def _divisors(number: int) -> list[int]:
 
 
 def search(
-    work: Work, cluster: Cluster, *, batch: int, like: ParallelConfig, weigh: Weigh, count: int = 3, most: int = 10
+    work: Work,
+    cluster: Cluster,
+    *,
+    batch: int,
+    like: ParallelConfig,
+    weigh: Weigh,
+    refuse: Refuse | None = None,
+    count: int = 3,
+    most: int = 10,
 ) -> Found:
     """Return the fastest layouts that fit.
 
@@ -143,11 +158,13 @@ def search(
         batch: Rows of a step.
         like: Gives what is not searched.
         weigh: Tells what a layout needs.
+        refuse: Refuses what the model cannot have; `refuse_impossible` by default.
         count: How many are wanted; of those that differ only in what changes little, the fastest.
         most: How many are weighed at most; three times as many while none of them fits.
     """
     config, capacity = work.config, cluster.accelerator.memory_gib * 2**30
-    legal = list(progress.track(possible(config, cluster, batch=batch, like=like), "layouts", unit="layouts"))
+    layouts = possible(config, cluster, batch=batch, like=like, refuse=refuse)
+    legal = list(progress.track(layouts, "layouts", unit="layouts"))
     hopeful = [parallel for parallel in legal if rough_bytes(work, parallel, batch) <= ROOM * capacity]
     ranked = [
         Candidate(parallel, step_time(work, Layout.of(parallel, batch), cluster))

@@ -171,7 +171,7 @@ _ELSEWHERE = {
     "dp": "replicate",
     "data_parallel": "replicate",
     "fsdp": "shard",
-    "zero_stage": "shard",
+    "zero_stage": "zero",
     "num_gpus": "gpus",
     "nproc_per_node": "gpus",
     "world_size": "gpus",

@@ -130,6 +130,23 @@ def test_a_layout_that_cannot_be_is_told_and_others_are_found(recipe, counted):
     assert "key/value heads" in heads.refused
 
 
+def test_a_layout_that_cuts_codes_is_told_and_none_that_does_is_suggested(recipe, counted):
+    base = "base.shape={hidden: 256, layers: 4, heads: 8, kv_heads: 8, mlp: 544, context: 512, tied: false}"
+    stages = (
+        "train=[{name: a, mixture: chat, sequence: 64, batch: 16, steps: 9, adapter: {lora: 8, base: rtn-4bit-32g}}]"
+    )
+    made = planned(recipe, base, stages, "parallel={gpus: 8, tensor: 8}", gpus=8, best=9)
+    (stage,) = made.stages
+    assert stage.own is None
+    assert "544 outputs of `mlp.gate_proj` within a word" in stage.refused
+    assert stage.best
+    assert max(one.parallel.tensor for one in stage.best) < 8
+    plain = stages.replace(", base: rtn-4bit-32g", "")
+    (other,) = planned(recipe, base, plain, "parallel={gpus: 8, tensor: 8}", gpus=8, best=9).stages
+    assert other.own is not None
+    assert stage.found.legal < other.found.legal
+
+
 def test_more_gpus_than_the_recipe_has_are_more_shards(recipe, counted):
     own = planned(recipe, gpus=8, best=0).stages[0].own
     assert own is not None
