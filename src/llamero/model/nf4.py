@@ -25,14 +25,10 @@ VALUES = (
 """What each code stands for, as bitsandbytes publishes it."""
 
 
-@cache
-def code_book() -> Float[Tensor, "16"]:
-    """Return the values of the sixteen codes."""
-    return torch.tensor(VALUES)
+CODE_BOOK: Float[Tensor, "16"] = torch.tensor(VALUES)
 
 
-@cache
-def dynamic_map() -> Float[Tensor, "256"]:
+def _dynamic_map() -> Float[Tensor, "256"]:
     """Return the values of the 8-bit codes: seven decades, each with twice the values of the one below."""
     decades = []
     for exponent in range(7):
@@ -42,10 +38,19 @@ def dynamic_map() -> Float[Tensor, "256"]:
     return torch.cat([-positive, torch.zeros(1), positive, torch.ones(1)]).sort().values
 
 
+DYNAMIC_MAP: Float[Tensor, "256"] = _dynamic_map()
+_PAIRS: Float[Tensor, "256 2"] = torch.cartesian_prod(CODE_BOOK, CODE_BOOK)
+"""The two values of each byte."""
+
+
+def _on(table: Tensor, device: torch.device) -> Tensor:
+    """Return one of these tables on a device, where it stays: a copy would wait for the device at every use."""
+    return table if device.type == "cpu" else _copied(table, device)
+
+
 @cache
-def _pairs() -> Float[Tensor, "256 2"]:
-    """Return the two values of each byte."""
-    return torch.cartesian_prod(code_book(), code_book())
+def _copied(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(device)
 
 
 def empty(inputs: int, outputs: int, *, double: bool) -> dict[str, Tensor]:
@@ -70,12 +75,12 @@ def encode(weight: Float[Tensor, "out d"], *, double: bool) -> dict[str, Tensor]
     """
     if weight.numel() % BLOCK:
         raise ValueError(f"{weight.numel()} weights do not fill blocks of {BLOCK}")
-    codes, absmax = _nearest(weight.flatten().float(), code_book(), BLOCK)
+    codes, absmax = _nearest(weight.flatten().float(), CODE_BOOK, BLOCK)
     packed = codes[0::2] << 4 | codes[1::2]
     if not double:
         return {"packed": packed, "absmax": absmax}
     offset = absmax.mean()
-    nested, nested_absmax = _nearest(absmax - offset, dynamic_map(), NESTED_BLOCK)
+    nested, nested_absmax = _nearest(absmax - offset, DYNAMIC_MAP, NESTED_BLOCK)
     return {"packed": packed, "absmax": nested, "nested_absmax": nested_absmax, "offset": offset}
 
 
@@ -141,10 +146,10 @@ def decode(
     packed, absmax = tensors["packed"], tensors["absmax"]
     if "offset" in tensors:
         scales = tensors["nested_absmax"][place.numbers(len(absmax), absmax.device) // NESTED_BLOCK]
-        absmax = dynamic_map().to(absmax.device)[absmax.int()] * scales + tensors["offset"]
+        absmax = _on(DYNAMIC_MAP, absmax.device)[absmax.int()] * scales + tensors["offset"]
     if packed.is_cuda and has_bitsandbytes():
         return decode_with_bitsandbytes(packed, absmax, shape, dtype)
-    weight = _pairs().to(packed.device)[packed.int()].view(-1, BLOCK)
+    weight = _on(_PAIRS, packed.device)[packed.int()].view(-1, BLOCK)
     return weight.mul_(absmax[:, None]).to(dtype).view(shape)
 
 

@@ -16,7 +16,7 @@ from llamero.core.errors import LlameroError
 from llamero.corpus import known
 from llamero.corpus.toy_files import ToyFile
 from llamero.data.config import FileSource, MixtureConfig, ToyWorldSource
-from llamero.engine.stage import StageConfig
+from llamero.engine.stage import ProbeConfig, StageConfig
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
 from llamero.parallel.config import ParallelConfig
 from llamero.quantize.config import QuantizeConfig
@@ -181,6 +181,8 @@ class _Tiny:
         longest = max((stage.sequence for stage in recipe.train), default=SEQUENCE)
         for stage, own in zip(recipe.train, keys.get("train", ()), strict=True):
             _stage(self._part(own, f"train.{stage.name}"), stage, longest=longest)
+            if stage.probe is not None:
+                self._probe(own, stage.name, stage.probe)
         if recipe.quantize is not None:
             self._quantize(keys["quantize"]["calibration"], recipe.quantize)
         if recipe.evaluate:
@@ -287,6 +289,24 @@ class _Tiny:
         before = source.path or f"{source.hub} of the hub"
         rows = "trees" if layout.startswith("oasst") else "texts" if layout == "text" else "chats"
         said.put("path", before, file.path, f"{SAMPLES} toy {rows}, layout {layout}")
+
+    # -- training
+
+    def _probe(self, own: dict[str, Any], name: str, probe: ProbeConfig) -> None:
+        """Ask little and often; leave out questions whose files are not here."""
+        said, place = self._part(own["probe"], f"train.{name}.probe"), self._part(own, f"train.{name}")
+        if probe.data is not None and not self.here(probe.data):
+            if not probe.prompts:
+                return place.put("probe", probe.task, None, "its questions are not here")
+            for key in ("task", "data"):
+                said.put(key, getattr(probe, key), None, "its questions are not here")
+        said.most("every", probe.every, STEPS // 2)
+        if probe.task is not None:
+            said.most("questions", probe.questions, QUESTIONS)
+        if probe.prompts:
+            said.put("prompts", probe.prompts, probe.prompts[:QUESTIONS])
+            said.most("max_new_tokens", probe.max_new_tokens, NEW_TOKENS)
+        return None
 
     # -- what comes after training
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from llamero.checkpoint import gptq
@@ -281,11 +282,20 @@ def test_double_quantization_costs_little_and_saves_a_third_of_a_bit():
 
 def test_the_map_of_scales_is_the_published_one():
     """Seven decades between 0 and 1; bitsandbytes' own table is compared in the parity tests."""
-    values = nf4.dynamic_map()
+    values = nf4.DYNAMIC_MAP
     assert len(values.unique()) == 256
     assert (values[0], values[127], values[255]) == (-values[254], 0, 1)
     assert torch.equal(values[:127], -values[128:255].flip(0))
     torch.testing.assert_close(values[128], torch.tensor(0.55e-6))
+
+
+def test_a_plan_leaves_the_tables_of_numbers_as_they_are():
+    """What is decoded without numbers must not stay for those who decode with them."""
+    weight = torch.ones(2, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nf4.decode(nf4.empty(64, 2, double=True), (2, 64), torch.float32)
+    decoded = nf4.decode(nf4.encode(weight, double=True), (2, 64), torch.float32)
+    torch.testing.assert_close(decoded, weight)
 
 
 # -- training

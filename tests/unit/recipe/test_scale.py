@@ -222,6 +222,18 @@ def test_what_is_not_here_is_left_out_or_replaced():
     assert ("evaluate.0", "h4", "-") in [(change.key, change.before, change.after) for change in scaled.changes]
 
 
+def test_probes_ask_little_and_only_what_is_here():
+    asks = {"every": 200, "task": "arc_challenge", "data": "benchmarks"}
+    (there,) = shrunk(stage(probe=asks), present={"benchmarks"}).recipe.train
+    assert there.probe is not None
+    assert (there.probe.every, there.probe.questions, there.probe.task) == (6, 2, "arc_challenge")
+    (gone,) = shrunk(stage(probe=asks)).recipe.train
+    assert gone.probe is None
+    (said,) = shrunk(stage(probe=asks | {"prompts": ["a", "b", "c"]})).recipe.train
+    assert said.probe is not None
+    assert (said.probe.task, said.probe.prompts, said.probe.max_new_tokens) == (None, ("a", "b"), 16)
+
+
 def test_the_card_does_not_claim_to_be_the_real_one():
     publish = {"license": "mit", "repository": "me/a", "base_model": "x/y", "datasets": ["x/y"], "description": "Best."}
     small = keys(shrunk(recipe(publish=publish))).publish
