@@ -42,8 +42,8 @@ class World:
         self.device = device(parallel)
         self.rank, self.size = environment.rank(), environment.size()
         environment.refuse_other_size(parallel.gpus)
-        if self.device.index is not None:  # events, pinned copies and NCCL go by the current device
-            torch.cuda.set_device(self.device)
+        if self.device.type == "cuda":  # events, pinned copies and NCCL go by the current device
+            torch.cuda.set_device(self.device.index or 0)
         self.mesh: DeviceMesh | None = None
         if self.size > 1:
             _join(parallel, self.device)

@@ -92,30 +92,14 @@ def run(  # noqa: PLR0913  (all that a stage is made of)
     with world.together():
         vocabulary = load_tokenizer(tokenizer)
         model, weights, new = _model(stage, start, vocabulary, seed=seed, new_rows=new_rows, parallel=parallel)
+        batches, validation = _data(data, stage, context=model.config.max_position_embeddings, seed=seed)
+        probe = probe_of(stage, model, vocabulary)
     config, parameters = model.config, sum(math.prod(spec.shape) for spec in plain_specs(model).values())
-    if stage.sequence > config.max_position_embeddings:
-        raise LlameroError(
-            f"`sequence: {stage.sequence}` is longer than the model's context of "
-            f"{config.max_position_embeddings} tokens",
-            where=f"stage {stage.name}",
-            fix="lower `sequence`",
-        )
-    batches = _batches(data, "train", stage, seed=seed)
-    batches.refuse_short()
     _refuse_unknown_tokens(data, config.vocab_size, world)
-    validation = _batches(data, "val", stage, seed=seed) if _has_validation(data) else None
-    if stage.eval_every and validation is None:
-        raise LlameroError(
-            f"`eval_every: {stage.eval_every}` has nothing to measure on: the mixture has no validation samples",
-            where=f"stage {stage.name}",
-            fix="give a source `val_split`, or remove `eval_every`",
-        )
-
     adapter = None
     if stage.adapter is not None:
         adapter = describe(model, stage.adapter, base=hub_name or str(start))
     trained = sum(parameter.numel() for parameter in trainable(model))
-    probe = probe_of(stage, model, vocabulary)
     picture = _Picture(stage, out)
 
     def export(spread: Spread) -> None:
@@ -240,6 +224,26 @@ def save_spread_adapter(spread: Spread, said: peft.Adapter, directory: Path) -> 
 def _take_part(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for _ in tensors:
         raise AssertionError("only the first process gets whole tensors")
+
+
+def _data(data: Path, stage: StageConfig, *, context: int, seed: int) -> tuple[Batches, Batches | None]:
+    """Return what a stage learns from, and what it is measured on if its mixture has that."""
+    if stage.sequence > context:
+        raise LlameroError(
+            f"`sequence: {stage.sequence}` is longer than the model's context of {context} tokens",
+            where=f"stage {stage.name}",
+            fix="lower `sequence`",
+        )
+    batches = _batches(data, "train", stage, seed=seed)
+    batches.refuse_short()
+    validation = _batches(data, "val", stage, seed=seed) if _has_validation(data) else None
+    if stage.eval_every and validation is None:
+        raise LlameroError(
+            f"`eval_every: {stage.eval_every}` has nothing to measure on: the mixture has no validation samples",
+            where=f"stage {stage.name}",
+            fix="give a source `val_split`, or remove `eval_every`",
+        )
+    return batches, validation
 
 
 def _batches(data: Path, split: str, stage: StageConfig, *, seed: int) -> Batches:

@@ -14,6 +14,9 @@ from llamero.model.adapters import attach
 from llamero.model.config import from_hf
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.spread import Spread
+from llamero.parallel.world import World
 from llamero.train.run import grow_vocabulary
 
 
@@ -191,3 +194,13 @@ def test_what_one_process_finds_ends_both(root, value, said, parallel):
     for code, err in ended:
         assert code == 2, err
         assert f"model.safetensors: tensor `lm_head.weight` {said}" in err
+
+
+def test_nobody_is_ahead_of_the_first_process_by_more_than_a_tensor(monkeypatch):
+    """Else those with little to send would wait for a slow disk longer than a process may keep others waiting."""
+    world, met = World(ParallelConfig(device="cpu")), []
+    monkeypatch.setattr(world, "barrier", lambda: met.append(len(taken)))
+    spread, taken = Spread(model_of(CONFIG), world, batch=1, sequence=8), []
+    for name, _ in spread.whole():
+        taken.append(name)
+    assert met == list(range(len(spread.specs)))
