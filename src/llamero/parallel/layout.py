@@ -25,8 +25,6 @@ class Shape(Protocol):
     def num_kv_heads(self) -> int: ...  # noqa: D102
     @property
     def vocab_size(self) -> int: ...  # noqa: D102
-    @property
-    def tie_word_embeddings(self) -> bool: ...  # noqa: D102
 
 
 def refuse_impossible(parallel: ParallelConfig, config: Shape, *, batch: int) -> None:
@@ -67,9 +65,6 @@ def _refuse_pipeline(parallel: ParallelConfig, config: Shape, batch: int) -> Non
         fit = range(1, config.num_layers // per_rank + 1)
         problem = f"makes {parallel.pieces} pieces of {config.num_layers} layers (schedule {parallel.schedule})"
         raise _refused("pipeline", parallel.pipeline, problem, list(fit))
-    if config.tie_word_embeddings:
-        problem = "would part the embedding from the head, and the model ties them"
-        raise _refused("pipeline", parallel.pipeline, problem, [1])
     count, size = parallel.share(batch)
     if count < parallel.pieces:
         raise LlameroError(

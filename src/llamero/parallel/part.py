@@ -70,6 +70,8 @@ class Part(nn.Module):
     def __init__(self, llama: Llama, layers: range, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.first, self.last = layers.start == 0, layers.stop == llama.config.num_layers
+        self.tied = self.last and llama.lm_head.weight is llama.model.embed_tokens.weight
+        """Whether the head's weight is the embedding's table, of which a last part that is not the first has a copy."""
         self._rotation: Callable[[Documents, torch.device], Tensor] = llama.document_rotation
         self._autocast, self._heads = autocast, llama.config.num_heads
         self._residual = llama.model.embed_tokens.weight.dtype  # whatever the weights are rounded to on their way here
@@ -84,7 +86,7 @@ class Part(nn.Module):
         self.micros: Sequence[Micro] = ()
         """What can go through, the same for all parts of a pipeline."""
         self.layers = nn.ModuleDict({str(number): llama.model.layers[number] for number in layers})
-        if self.first:
+        if self.first or self.tied:
             self.embed_tokens = llama.model.embed_tokens
         if self.last:
             self.norm = llama.model.norm

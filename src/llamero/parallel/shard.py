@@ -58,8 +58,7 @@ def _over_tensor(part: Part, mesh: DeviceMesh, *, sequence: bool, sharded: int) 
             plan[block + name] = tensor_style(layer, outputs=name in COLUMNS, tokens=tokens, sharded=sharded)
         for name in ("input_layernorm", "post_attention_layernorm"):
             plan[block + name] = _Norm(tokens, Replicate())
-    tied = part.first and part.last and part.lm_head.weight is part.embed_tokens.weight
-    if part.first:
+    if part.first or part.tied:
         plan["embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens)
     if part.last:
         plan["norm"] = _Norm(tokens, tokens)
@@ -68,7 +67,7 @@ def _over_tensor(part: Part, mesh: DeviceMesh, *, sequence: bool, sharded: int) 
         head = part.lm_head
         head.weight = (
             part.embed_tokens.weight
-            if tied
+            if part.tied
             else nn.Parameter(
                 distribute_tensor(head.weight.detach(), mesh, [Shard(0)], src_data_rank=None),
                 requires_grad=head.weight.requires_grad,

@@ -22,11 +22,12 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from llamero.checkpoint.hf import Region, Spec
 from llamero.core import progress
 from llamero.model.llama import Llama
+from llamero.model.load import EMBEDDING
 from llamero.model.weights import Weights, everything
 from llamero.parallel.adapted import (
     Plain,
@@ -90,6 +91,8 @@ class Spread:
         pieces, layers = parallel.pieces, model.config.num_layers
         self._mine = range(world.along("pipeline"), pieces, parallel.pipeline)
         self._cuts = [layers_of(piece, pieces=pieces, layers=layers) for piece in range(pieces)]
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        self._ends = _ends(world) if tied and pieces > 1 else None
         self.parts = [Part(model, self._cuts[number], autocast=autocast) for number in self._mine]
         for part in self.parts:
             if not _without_storage(part):
@@ -111,9 +114,8 @@ class Spread:
         on_cpu = parallel.offload and parallel.data > 1
         for part in self.parts:
             if _without_storage(part):
-                tied = part.first and part.last and part.lm_head.weight is part.embed_tokens.weight
                 part.to_empty(device=torch.device("cpu") if on_cpu else self.world.device)
-                if tied:
+                if part.tied:
                     part.lm_head.weight = part.embed_tokens.weight
 
     @torch.no_grad()
@@ -276,6 +278,7 @@ class Spread:
     def clip(self, limit: float, *beside: Float[Tensor, ""]) -> list[float]:
         """Scale the gradients down to a norm of `limit` over all processes.
 
+        Those of a tied table that both ends of a pipeline hold are summed first, so that it stays the same on both.
         This is the one moment of a step in which a process waits for its device.
 
         Args:
@@ -286,10 +289,14 @@ class Spread:
             The norm that the gradients had, then the sums.
         """
         by_copies: dict[int, list[Tensor]] = {}
-        for parameter in self.named().values():
+        for name, parameter in self.named().items():
             if parameter.grad is not None:
                 grad = parameter.grad = _summed(parameter)
-                by_copies.setdefault(_copies(grad), []).append(local(grad))
+                copies = _copies(grad)
+                if self._ends is not None and name == EMBEDDING:
+                    dist.all_reduce(local(grad), group=self._ends)  # of two summands, so in no order but one
+                    copies *= 2
+                by_copies.setdefault(copies, []).append(local(grad))
         norms = [torch.nn.utils.get_total_norm(grads).double() for grads in by_copies.values()]
         numbers = torch.stack([number.to(self.world.device) for number in (*norms, *beside)]).tolist()
         squares = sum(norm**2 / copies for norm, copies in zip(numbers, by_copies, strict=False))
@@ -383,6 +390,21 @@ class Spread:
         return piece % self.world.parallel.pipeline
 
 
+def _ends(world: World) -> dist.ProcessGroup | None:
+    """Return the group of a process at one end of the pipeline and the one in its place at the other end.
+
+    They hold the same share of a tied table (Megatron's embedding group). In between there is none; every process must
+    ask for it.
+    """
+    assert world.mesh is not None
+    ranks, found = world.mesh.mesh, None
+    for pair in zip(ranks[0].flatten().tolist(), ranks[-1].flatten().tolist(), strict=True):
+        group = dist.new_group(list(pair))
+        if isinstance(group, dist.ProcessGroup):  # it is in this one
+            found = group
+    return found
+
+
 def _without_storage(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
@@ -420,11 +442,13 @@ def lying_as(parameter: Tensor, whole: Tensor) -> Tensor:
 
 
 def _summed(parameter: nn.Parameter) -> Tensor:
-    """Return a gradient that lies as its parameter does; sums that are still to be made are made."""
+    """Return a gradient that lies as its parameter does; sums that are still to be made are made.
+
+    That of an embedding over the tensor axis comes whole to every process.
+    """
     grad = parameter.grad
     assert grad is not None
-    if isinstance(grad, DTensor) and any(isinstance(place, Partial) for place in grad.placements):
-        assert isinstance(parameter, DTensor)
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         return grad.redistribute(placements=parameter.placements)
     return grad
 

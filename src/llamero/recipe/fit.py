@@ -35,7 +35,6 @@ class Base:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    tie_word_embeddings: bool
 
     @property
     def widths(self) -> set[int]:
@@ -82,7 +81,6 @@ def _from_shape(base: ScratchConfig) -> Base:
         num_kv_heads=kv_heads,
         head_dim=shape.hidden // shape.heads,
         vocab_size=base.vocabulary.size,
-        tie_word_embeddings=shape.tied,
     )
 
 
@@ -105,7 +103,6 @@ def _from_directory(directory: Path | None) -> Base | None:
         num_kv_heads=kv_heads if isinstance(kv_heads, int) else heads,
         head_dim=head_dim if isinstance(head_dim, int) else hidden // heads,
         vocab_size=said["vocab_size"],
-        tie_word_embeddings=bool(said.get("tie_word_embeddings", False)),
     )
 
 

@@ -209,6 +209,7 @@ def work(order: Order, where: Path) -> None:
     held = Batches(tokens[:21], roles[:21], stage, seed=1, where="here", sources=few)
 
     def export(spread: Spread) -> None:
+        _refuse_unequal_tables(spread)
         tensors = {name: tensor.detach().clone() for name, tensor in spread.whole(trained=True)}
         if "adapter" in order:
             tensors |= {f"plain.{name}": tensor.detach().clone() for name, tensor in spread.plain()}
@@ -238,6 +239,25 @@ def work(order: Order, where: Path) -> None:
         for line in lines:
             line |= {"said": said[line["step"]]} if line["step"] in said else {}
         (where / "lines.json").write_text(json.dumps(lines))
+
+
+def _refuse_unequal_tables(spread: Any) -> None:
+    """Fail where the ends of a pipeline both hold a table, and not in the same bits."""
+    import torch
+
+    from llamero.parallel.world import local
+
+    world = spread.world
+    own = {name: local(p).detach().clone() for name, p in spread.named().items() if name == "model.embed_tokens.weight"}
+    found = world.gather(own)
+    if world.mesh is None or not spread.config.tie_word_embeddings:
+        return
+    places = world.mesh.mesh.flatten(1).tolist()
+    holders = [bool(found[ranks[0]]) for ranks in places]
+    assert holders == [place in (0, len(places) - 1) for place in range(len(places))]
+    for first, last in zip(places[0], places[-1], strict=True):
+        for name, table in found[first].items():
+            assert torch.equal(table, found[last][name]), f"ranks {first} and {last} differ in {name}"
 
 
 @contextmanager

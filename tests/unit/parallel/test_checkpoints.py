@@ -27,8 +27,8 @@ layouts = _load()
 STAGE = {"steps": 6, "save_every": 2, "warmup": 2}
 
 
-def order(name, directory=None, **keys):
-    about = {"name": name, "stage": STAGE, **keys}
+def order(name, directory=None, *, tied=False, **keys):
+    about = {"name": name, "stage": STAGE, "shape": {"tied": tied}, **keys}
     return about if directory is None else about | {"directory": str(directory)}
 
 
@@ -39,15 +39,15 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(root):
-    """The run that nothing happens to, on one process."""
-    return layouts.run([order("whole")], processes=1, where=root / "one")["whole"]
+    """The runs that nothing happens to, on one process."""
+    return layouts.run([order("whole"), order("tied", tied=True)], processes=1, where=root / "one")
 
 
-def cut(where, directory, *, processes, number, parallel=None, rank=1, step=5):
+def cut(where, directory, *, processes, number, parallel=None, rank=1, step=5, **about):
     """Start a run of which one process is hit by a signal; return how they ended."""
     stop = {"rank": rank, "signal": int(number), "step": step}
     keys = {"parallel": {"timeout": 5} | (parallel or {}), "stop": stop}
-    running = layouts.start([order("cut", directory, **keys)], processes=processes, where=where)
+    running = layouts.start([order("cut", directory, **about, **keys)], processes=processes, where=where)
     return layouts.end(running)
 
 
@@ -78,21 +78,30 @@ def test_asked_to_stop_on_one_process_all_save_the_same_step(root, whole):
     assert all("saved after step 3 of 6" in said for _, said in ended)
     assert kept(stopped)[-1] == "step-00000003"
     resumed = layouts.run([order("again", stopped)], processes=1, where=root / "alone")["again"]
-    assert max(layouts.differences(resumed, whole).values()) < 1e-5
+    assert max(layouts.differences(resumed, whole["whole"]).values()) < 1e-5
 
 
-def test_four_processes_then_two_then_one_go_on_from_each_other(root, whole):
-    shared = root / "shared"
-    four = {"pipeline": 2, "tensor": 2}
-    ended = cut(root / "four", shared, processes=4, number=signal.SIGTERM, parallel=four, rank=1, step=8)
+@pytest.mark.parametrize(
+    ("name", "four"),
+    [
+        ("whole", {"pipeline": 2, "tensor": 2}),
+        pytest.param("tied", {"pipeline": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("tied", {"pipeline": 2, "zero": 3}, marks=pytest.mark.slow),
+        pytest.param("tied", {"pipeline": 4, "micro_batch": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_four_processes_then_two_then_one_go_on_from_each_other(root, whole, name, four, tmp_path):
+    tied, shared = name == "tied", tmp_path / "shared"
+    keys = {"number": signal.SIGTERM, "rank": 0, "tied": tied, "probe": False}
+    ended = cut(tmp_path / "four", shared, processes=4, parallel=four, step=8, **keys)
     assert {code for code, _ in ended} == {130}
     first = json.loads((shared / "checkpoints" / kept(shared)[-1] / "state.json").read_text())["step"]
-    ended = cut(root / "two", shared, processes=2, number=signal.SIGTERM, rank=0, step=2)
+    ended = cut(tmp_path / "two", shared, processes=2, step=2, **keys)
     assert {code for code, _ in ended} == {130}
     assert kept(shared)[-1] == f"step-{first + 2:08}"
-    last = layouts.run([order("last", shared)], processes=1, where=root / "last")["last"]
+    last = layouts.run([order("last", shared, tied=tied, probe=False)], processes=1, where=tmp_path / "last")["last"]
     assert [line["step"] for line in last.lines] == [1, 2, 3, 4, 5, 6]
-    assert max(layouts.differences(last, whole).values()) < 1e-5
+    assert max(layouts.differences(last, whole[name]).values()) < 1e-5
 
 
 def test_a_damaged_file_is_named_on_every_process(root):

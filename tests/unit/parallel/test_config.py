@@ -70,7 +70,6 @@ def test_the_shard_axis_takes_what_the_others_leave():
         ({"gpus": 14, "tensor": 2}, {}, "`shard: 7` does not divide the width of 48"),
         ({"gpus": 8, "pipeline": 8}, {}, r"8 pieces of 6 layers(?s:.*)one of 1, 2, 3, 4, 5, 6"),
         ({"gpus": 4, "pipeline": 4, "schedule": "interleaved"}, {}, r"8 pieces of 6 layers(?s:.*)one of 1, 2, 3$"),
-        ({"gpus": 2, "pipeline": 2}, {"tie_word_embeddings": True}, "the model ties them"),
         ({"gpus": 2, "pipeline": 2, "micro_batch": 8}, {}, "is 1 micro-batches of 8 .* 2 pieces to keep busy"),
     ],
 )

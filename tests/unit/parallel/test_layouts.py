@@ -45,6 +45,19 @@ FOUR = {
     "pipeline-tensor": {"pipeline": 2, "tensor": 2},
     "pipeline-fsdp": {"pipeline": 2, "micro_batch": 1},
 }
+TIED = {
+    2: {
+        "tied": {"tensor": 2},
+        "tied-fsdp": {},
+        "tied-pipeline": {"pipeline": 2},
+        "tied-pipeline-zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
+    },
+    4: {
+        "tied-pipeline-tensor": {"pipeline": 2, "tensor": 2},
+        "tied-pipeline-zero-1": {"pipeline": 2, "micro_batch": 1},
+        "tied-pipeline-zero-3": {"pipeline": 2, "micro_batch": 1, "zero": 3},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +79,14 @@ def two(tmp_path_factory):
     orders = [{"name": name, "parallel": parallel} for name, parallel in TWO.items()]
     orders += [{"name": name, "parallel": parallel, "probe": False} for name, parallel in MICRO.items()]
     orders += [{"name": f"bfloat16 {name}", "stage": HALF, "parallel": MICRO[name]} for name in MICRO]
-    orders.append({"name": "tied", "shape": {"tied": True}, "parallel": {"tensor": 2}})
-    orders.append({"name": "tied-fsdp", "shape": {"tied": True}})
+    orders += [{"name": name, "shape": {"tied": True}, "parallel": parallel} for name, parallel in TIED[2].items()]
     return layouts.run([*orders, SHORT], processes=2, where=tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     orders = [{"name": name, "parallel": parallel} for name, parallel in FOUR.items()]
+    orders += [{"name": name, "shape": {"tied": True}, "parallel": parallel} for name, parallel in TIED[4].items()]
     return layouts.run([*orders, SHORT], processes=4, where=tmp_path_factory.mktemp("four"))
 
 
@@ -92,9 +105,9 @@ def test_a_layout_of_four_processes_gives_what_one_process_gives(four, expected,
     assert_same(four[name], expected["alone"])
 
 
-@pytest.mark.parametrize("name", ["tied", "tied-fsdp"])
-def test_a_tied_head_is_spread_with_its_embedding(two, expected, name):
-    assert_same(two[name], expected["tied"])
+@pytest.mark.parametrize(("processes", "name"), [(number, name) for number, found in TIED.items() for name in found])
+def test_a_tied_head_is_spread_with_its_embedding(two, four, expected, processes, name):
+    assert_same({2: two, 4: four}[processes][name], expected["tied"])
 
 
 def test_a_last_step_with_too_few_rows_for_all_is_the_same(two, four, expected):
