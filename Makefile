@@ -29,6 +29,7 @@ check: setup
 
 e2e: setup
 	$(BIN)/python -m pytest -q tests/e2e -m ''
+	$(BIN)/python -m pytest -q -n 2 tests/unit -m 'slow and not gpu'
 
 parity: setup
 	$(BIN)/python -m pytest -q tests/parity -m ''

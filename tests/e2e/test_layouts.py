@@ -1,4 +1,4 @@
-"""Twelve layouts on two, four and eight processes: losses, gradient norms and weights are those of one process."""
+"""Many layouts on two, four and eight processes: losses, gradient norms and weights are those of one process."""
 
 import importlib.util
 import sys
@@ -23,6 +23,10 @@ layouts = _load()
 LAYOUTS = {
     2: {
         "fsdp in micro-batches": {"micro_batch": 1},
+        "fsdp, offloaded": {"recompute": "full", "offload": True},
+        "tensor, whole sequences": {"tensor": 2, "sequence_parallel": False},
+        "gpipe": {"pipeline": 2, "schedule": "gpipe"},
+        "interleaved": {"pipeline": 2, "schedule": "interleaved"},
         "tensor, recomputed": {"tensor": 2, "recompute": "selective"},
         "fsdp, compiled": {"compile": True},
         "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
@@ -35,6 +39,7 @@ LAYOUTS = {
         "pipeline × tensor": {"pipeline": 2, "tensor": 2, "schedule": "gpipe"},
         "pipeline × fsdp": {"pipeline": 2, "schedule": "1f1b", "recompute": "full"},
         "pipeline × fsdp, interleaved": {"pipeline": 2, "schedule": "interleaved"},
+        "pipeline × fsdp in micro-batches": {"pipeline": 2, "micro_batch": 1},
         "pipeline of four": {"pipeline": 4, "micro_batch": 2},
     },
     8: {
@@ -42,6 +47,14 @@ LAYOUTS = {
         "hsdp × tensor": {"replicate": 2, "tensor": 2},
     },
 }
+TIED = {
+    2: {"tied fsdp": {}, "tied zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"}},
+    4: {
+        "tied pipeline × tensor": {"pipeline": 2, "tensor": 2},
+        "tied pipeline × fsdp": {"pipeline": 2, "micro_batch": 1},
+    },
+}
+"""Layouts of a model whose head is its embedding."""
 SAMPLES = {"name": "samples", "stage": {"batch": 17, "batch_samples": 17}}
 """Steps of as many samples, and so of different numbers of rows."""
 CASES = [(processes, name) for processes, found in LAYOUTS.items() for name in found]
@@ -50,7 +63,9 @@ CASES = [(processes, name) for processes, found in LAYOUTS.items() for name in f
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     where = tmp_path_factory.mktemp("alone")
-    return layouts.run([{"name": "alone"}, SAMPLES], processes=1, where=where)
+    return layouts.run(
+        [{"name": "alone"}, {"name": "tied", "shape": {"tied": True}}, SAMPLES], processes=1, where=where
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +76,8 @@ def results(tmp_path_factory):
     def get(processes, name):
         if processes not in found:
             orders = [{"name": key, "parallel": value} for key, value in LAYOUTS[processes].items()]
+            tied = TIED.get(processes, {}).items()
+            orders += [{"name": key, "shape": {"tied": True}, "parallel": value} for key, value in tied]
             orders += [SAMPLES | {"parallel": {"pipeline": 2}}] if processes == 4 else []
             where = tmp_path_factory.mktemp("layouts")
             found[processes] = layouts.run(orders, processes=processes, where=where)
@@ -73,6 +90,13 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(("processes", "name"), CASES)
 def test_a_layout_gives_what_one_process_gives(results, expected, processes, name):
     found = layouts.differences(results(processes, name), expected["alone"])
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "name"), [(number, name) for number, found in TIED.items() for name in found])
+def test_a_tied_head_is_spread_with_its_embedding(results, expected, processes, name):
+    found = layouts.differences(results(processes, name), expected["tied"])
     assert max(found.values()) < 1e-5, found
 
 

@@ -81,6 +81,7 @@ def test_asked_to_stop_on_one_process_all_save_the_same_step(root, whole):
     assert max(layouts.differences(resumed, whole["whole"]).values()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "four"),
     [
@@ -104,6 +105,7 @@ def test_four_processes_then_two_then_one_go_on_from_each_other(root, whole, nam
     assert max(layouts.differences(last, whole[name]).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_on_every_process(root):
     stopped = root / "damaged"
     cut(root / "damage", stopped, processes=2, number=signal.SIGTERM, step=1)
@@ -118,6 +120,7 @@ def test_a_damaged_file_is_named_on_every_process(root):
     shutil.rmtree(last)
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_is_named_and_the_run_ends(root):
     stop = {"rank": 1, "signal": int(signal.SIGSTOP), "step": 2}
     orders = [order("stands", parallel={"timeout": 3}, stop=stop)]

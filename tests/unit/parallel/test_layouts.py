@@ -25,12 +25,8 @@ TWO = {
     "fsdp": {},
     "replicate": {"replicate": 2, "micro_batch": 3},
     "tensor": {"tensor": 2},
-    "tensor-whole-sequence": {"tensor": 2, "sequence_parallel": False},
     "pipeline-1f1b": {"pipeline": 2},
-    "pipeline-gpipe": {"pipeline": 2, "schedule": "gpipe"},
-    "pipeline-interleaved": {"pipeline": 2, "schedule": "interleaved"},
     "pipeline-zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
-    "fsdp-recompute": {"recompute": "full", "offload": True},
     "fsdp-selective": {"recompute": "selective"},
 }
 MICRO = {
@@ -38,23 +34,19 @@ MICRO = {
     "zero 2": {"micro_batch": 1, "zero": 2},
     "zero 1": {"micro_batch": 1, "zero": 1},
 }
+HALVED = ("zero 3", "zero 1")
 FOUR = {
     "fsdp-tensor": {"tensor": 2},
     "hsdp": {"replicate": 2},
     "hsdp-in-micro-batches": {"replicate": 2, "micro_batch": 1},
     "pipeline-tensor": {"pipeline": 2, "tensor": 2},
-    "pipeline-fsdp": {"pipeline": 2, "micro_batch": 1},
 }
 TIED = {
     2: {
         "tied": {"tensor": 2},
-        "tied-fsdp": {},
         "tied-pipeline": {"pipeline": 2},
-        "tied-pipeline-zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
     },
     4: {
-        "tied-pipeline-tensor": {"pipeline": 2, "tensor": 2},
-        "tied-pipeline-zero-1": {"pipeline": 2, "micro_batch": 1},
         "tied-pipeline-zero-3": {"pipeline": 2, "micro_batch": 1, "zero": 3},
     },
 }
@@ -78,7 +70,7 @@ SHORT = {"name": "epochs", "stage": {"steps": None, "epochs": 1, "batch": 7, "dr
 def two(tmp_path_factory):
     orders = [{"name": name, "parallel": parallel} for name, parallel in TWO.items()]
     orders += [{"name": name, "parallel": parallel, "probe": False} for name, parallel in MICRO.items()]
-    orders += [{"name": f"bfloat16 {name}", "stage": HALF, "parallel": MICRO[name]} for name in MICRO]
+    orders += [{"name": f"bfloat16 {name}", "stage": HALF, "parallel": MICRO[name]} for name in HALVED]
     orders += [{"name": name, "shape": {"tied": True}, "parallel": parallel} for name, parallel in TIED[2].items()]
     return layouts.run([*orders, SHORT], processes=2, where=tmp_path_factory.mktemp("two"))
 
@@ -139,7 +131,7 @@ def test_zero_decides_how_often_weights_are_fetched_and_gradients_summed(two, fo
     assert four["hsdp-in-micro-batches"].calls["all_reduce"] == four["hsdp"].calls["all_reduce"]
 
 
-@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("name", HALVED)
 def test_bfloat16_weights_that_are_fetched_are_as_good_as_those_that_are_there(two, expected, name):
     here = layouts.differences(expected["bfloat16"], expected["alone"], rounded=True)
     there = layouts.differences(two[f"bfloat16 {name}"], expected["alone"], rounded=True)

@@ -59,6 +59,9 @@ def model_of(config, seed=0):
     return model
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("shares")
