@@ -94,7 +94,10 @@ def load_moments(directory: Path, *, spread: Spread, optimizer: torch.optim.Opti
 
 def _refuse_damage(directory: Path, world: World) -> None:
     """Refuse files that are not what was written; each process reads some of them."""
-    sums = hf.read_json(directory / SUMS).get("sha256", {})
+    sums = hf.read_json(directory / SUMS).get("sha256")
+    if not sums:
+        problem, fix = "it has no checksums of the moments", "set `optimizer: fresh`, or train the stage before again"
+        raise LlameroError(problem, where=directory / SUMS, fix=fix)
     for name, expected in list(sums.items())[world.rank :: world.size]:
         if not (directory / name).exists() or files.sha256(directory / name) != expected:
             raise LlameroError(

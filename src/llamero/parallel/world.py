@@ -24,6 +24,8 @@ from llamero.parallel.config import ParallelConfig
 from llamero.parallel.mesh import device_mesh
 
 log = logging.getLogger(__name__)
+PATIENCE = 60.0
+"""Seconds that are left to others to find by themselves that a process has ended."""
 T = TypeVar("T")
 
 
@@ -122,8 +124,13 @@ class World:
 
     @contextmanager
     def missing_named(self) -> Iterator[None]:
-        """Turn what goes wrong because a process is gone into an error that names it; everything else passes."""
+        """Turn what goes wrong because a process is gone into an error that names it; everything else passes.
+
+        Meanwhile no process may end by itself: a collective on CUDA would wait for it.
+        """
         try:
+            if _watch is not None:
+                _watch.needs_all = True
             yield
         except RuntimeError as error:  # what gloo and NCCL raise
             gone = [] if _watch is None else _watch.silent()
@@ -135,6 +142,9 @@ class World:
                 where="parallel",
                 fix="see what it said last; the same command goes on from the last checkpoint",
             ) from error
+        finally:
+            if _watch is not None:
+                _watch.needs_all = False
 
 
 def device(parallel: ParallelConfig) -> torch.device:
@@ -180,10 +190,13 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self.step = self.meetings = 0
         self.waiting_since: float | None = None
+        self.needs_all = False
+        """Whether this process is in the midst of what all of them do together."""
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._seen: dict[int, tuple[str, float]] = {}
         self._left = threading.Event()
         self._pause = min(5.0, timeout / 10)
+        self._patience = min(timeout, PATIENCE)
         store.set(f"host{rank}", socket.gethostname())
         store.set(f"beat{rank}", "0 0 0")
 
@@ -196,6 +209,9 @@ class _Watch(threading.Thread):
                 self._look_around(count)
         except dist.DistError as error:
             log.warning("rank 0, which holds the store, is gone: %s", str(error).partition("\n")[0])
+            if not self._left.wait(self._patience) and self.needs_all:
+                log.error("rank 0 has ended, and the others cannot go on without it; rank %d ends", self._rank)
+                os._exit(70)
 
     def _look_around(self, count: int) -> None:
         self._store.set(f"beat{self._rank}", f"{count} {self.meetings} {self.step}")
@@ -226,7 +242,10 @@ class _Watch(threading.Thread):
     def _look(self, other: int) -> None:
         said, now = self._said(other), time.monotonic()
         before, since = self._seen.get(other, ("", now))
-        if said != before or said in ("", "left"):
+        if said == before == "left":
+            if self.needs_all and now - since > self._patience:
+                self._end(other, "has ended, and the others cannot go on without it")
+        elif said != before or not said:
             self._seen[other] = said, now
         elif now - since > self._timeout:
             self._end(other, f"has been silent for {now - since:.0f} s, since step {said.split()[2]}")
