@@ -3,6 +3,8 @@
 Shapes in the signatures of mathematics are checked while tests run (jaxtyping with beartype).
 """
 
+import jaxtyping
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -23,3 +25,12 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Shapes are not checked: under sequence parallelism a layer has two numbers of tokens, which share a name."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
 from llamero.parallel.config import ParallelConfig
@@ -65,9 +64,9 @@ def really_held(orders, processes, where):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("processes", ORDERS)
 def test_a_plan_says_what_processes_hold(processes, tmp_path):
-    jaxtyping.config.update("jaxtyping_disable", True)
     real = really_held(ORDERS[processes], processes, tmp_path)
     for name, order in ORDERS[processes].items():
         parallel = ParallelConfig.model_validate({"gpus": processes, **order["parallel"]})
@@ -79,4 +78,3 @@ def test_a_plan_says_what_processes_hold(processes, tmp_path):
             assert resting == {key: found[key] for key in resting}, name
             if processes == 1:  # FSDP's whole weights and a spread head's gradients are saved beside activations
                 assert found["saved"] == plan.activations, name
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.table import Column, Table
 
-from llamero.cli.display import Bars, out
+from llamero.cli.display import Bars, err, out
 from llamero.cli.options import OutDir, Override, Recipe, import_uninterrupted
 from llamero.core import hardware
 from llamero.core.errors import LlameroError
@@ -17,8 +17,9 @@ from llamero.core.errors import LlameroError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llamero.plan.cluster import Cluster
     from llamero.plan.memory import Memory
-    from llamero.plan.run import Plan, Planned, StagePlan
+    from llamero.plan.run import Plan, Planned, Planning, StagePlan
 
 GIB = 2**30
 
@@ -74,48 +75,59 @@ def plan(
     import_uninterrupted("llamero.plan.run")
     from llamero.plan.cluster import Cluster
     from llamero.plan.data import sayings
-    from llamero.plan.run import accelerator_here
-    from llamero.plan.run import plan as make
+    from llamero.plan.run import Planning, accelerator_here
 
     cluster = Cluster(
         device or accelerator_here(), parsed.parallel.gpus if gpus is None else gpus, per_node, network or 0.0
     )
-    with Bars():
-        made = make(
-            parsed,
-            root=recipe.parent,
-            out=out_dir or Path("runs") / parsed.name,
-            cluster=cluster,
-            said=sayings(tokens, parsed),
-            best=best,
-            context=context,
-        )
+    planning = Planning(
+        parsed,
+        root=recipe.parent,
+        out=out_dir or Path("runs") / parsed.name,
+        cluster=cluster,
+        said=sayings(tokens, parsed),
+        best=best,
+        context=context,
+    )
+    if not json:
+        _say_start(planning)
+    made = planning.whole(_stages(planning, silent=json))
     if json:
         out.print_json(js.dumps(made.to_json()))
     else:
-        _say(made)
+        _say_served(made)
 
 
-def _say(made: Plan) -> None:
-    cluster, device = made.cluster, made.cluster.accelerator
-    out.print(f"[bold]{made.name}[/bold] on {cluster.gpus} × {device.name}", highlight=False)
+def _stages(planning: Planning, *, silent: bool) -> list[StagePlan]:
+    """Return the stages, each of them shown when it is done."""
+    done = []
+    for stage in planning.recipe.train:
+        if not err.is_terminal:
+            err.print(f"{stage.name}: ranking layouts, then weighing the fastest: up to a minute", highlight=False)
+        with Bars():
+            done.append(planning.stage(stage))
+        if not silent:
+            _say_stage(done[-1], planning.cluster)
+    return done
+
+
+def _say_start(planning: Planning) -> None:
+    cluster, device = planning.cluster, planning.cluster.accelerator
+    out.print(f"[bold]{planning.recipe.name}[/bold] on {cluster.gpus} × {device.name}", highlight=False)
     links = f"{device.link_gb_s:,g} GB/s inside a node"
     if cluster.nodes > 1:
         links += (
             f", {cluster.network_gbit_s:,g} Gbit/s for each GPU between {cluster.nodes} nodes of {cluster.per_node}"
         )
     out.print(f"{device.memory_gib:g} GiB each; {links}", highlight=False)
-    config = made.config
+    config = planning.config
     out.print(
         f"model: {config.num_layers} layers of {config.hidden_size}, {config.vocab_size:,} tokens; "
-        f"from {made.known_from}",
+        f"from {planning.known_from}",
         highlight=False,
     )
-    for stage in made.stages:
-        _say_stage(stage, made)
-    if not made.stages:
+    if not planning.recipe.train:
         out.print("the recipe trains nothing")
-    _say_served(made)
 
 
 _SHOWN = ("rtx4090", "a6000", "a100-80gb", "h200")
@@ -123,6 +135,8 @@ _SHOWN = ("rtx4090", "a6000", "a100-80gb", "h200")
 
 
 def _say_served(made: Plan) -> None:
+    from llamero.plan.memory import RUNTIME
+
     out.rule("[bold]to run it", align="left")
     kinds = [hardware.ACCELERATORS[name] for name in _SHOWN]
     table = Table(Column("GiB", no_wrap=True), box=None, padding=(0, 1))
@@ -137,12 +151,11 @@ def _say_served(made: Plan) -> None:
         numbers = (form.least.get(kind.name) for kind in kinds)
         table.add_row(form.form, *cells, *("-" if number is None else f"{number}" for number in numbers))
     out.print(table)
-    out.print(
-        f"[dim]one sequence of {made.context:,} tokens; then the fewest of each GPU that hold it", highlight=False
-    )
+    said = f"one sequence of {made.context:,} tokens; {RUNTIME / GIB:g} GiB of all are CUDA's own"
+    out.print(f"[dim]{said}; then the fewest of each GPU that hold it", highlight=False)
 
 
-def _say_stage(stage: StagePlan, made: Plan) -> None:
+def _say_stage(stage: StagePlan, cluster: Cluster) -> None:
     out.rule(f"[bold]{stage.name}", align="left")
     trained = "" if stage.trained == stage.parameters else f", {stage.trained:,} of them trained"
     out.print(f"{stage.parameters:,} parameters{trained}", highlight=False)
@@ -151,29 +164,31 @@ def _say_stage(stage: StagePlan, made: Plan) -> None:
     out.print(f"{data.step_tokens:,.0f} tokens a step in {data.rows} rows at most; {steps}", highlight=False)
     for note in data.notes:
         out.print(f"[dim]{note}", highlight=False)
+    if stage.resized:
+        out.print(f"the recipe's layout: {stage.resized}", highlight=False)
     if stage.own is None:
         out.print(f"[bold red]the recipe's layout cannot be had:[/bold red] {stage.refused}", highlight=False)
     else:
-        _say_own(stage, stage.own, made)
+        _say_own(stage, stage.own, cluster)
     _say_best(stage)
 
 
-def _say_own(stage: StagePlan, own: Planned, made: Plan) -> None:
+def _say_own(stage: StagePlan, own: Planned, cluster: Cluster) -> None:
     from llamero.plan.search import ROOM, brief
 
     out.print(f"\nthe recipe's layout: {brief(own.parallel) or 'one GPU'}", highlight=False)
     table = Table(Column("GiB" if len(own.memory) == 1 else "GiB, place", no_wrap=True), box=None, padding=(0, 1))
-    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "other")
+    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "other", "runtime")
+    short = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "runtime": "CUDA"}
     for name in (*kinds, "total"):
-        table.add_column(
-            {"gradients": "grads", "optimizer": "optim", "activations": "activ"}.get(name, name), justify="right"
-        )
+        table.add_column(short.get(name, name), justify="right")
     for place, memory in enumerate(own.memory):
         cells = [f"{getattr(memory, name) / GIB:.1f}" for name in (*kinds, "total")]
         table.add_row("each GPU" if len(own.memory) == 1 else f"{place + 1} of {len(own.memory)}", *cells)
     out.print(table)
     _say_host(own.memory)
-    device = made.cluster.accelerator
+    out.print(f"{own.parameters_per_rank:,} parameters on the GPU that has most", highlight=False)
+    device = cluster.accelerator
     most = own.memory[own.fullest].total / GIB
     room = (
         f"{most:.1f} GiB of {ROOM * device.memory_gib:.1f} that a plan may fill ({ROOM:.0%} of {device.memory_gib:g})"

@@ -79,7 +79,7 @@ def trained_config(config: LlamaConfig, recipe: Recipe) -> LlamaConfig:
 
 
 def parameters(config: LlamaConfig, stage: StageConfig | None = None) -> tuple[int, int]:
-    """Return how many parameters a model has, and how many of them a stage trains.
+    """Return how many parameters a model has, those of an adapter included, and how many of them a stage trains.
 
     Args:
         config: The model.
@@ -91,4 +91,5 @@ def parameters(config: LlamaConfig, stage: StageConfig | None = None) -> tuple[i
         if stage is None or stage.adapter is None:
             return whole, whole
         attach(model, stage.adapter, seed=0)
-        return whole, sum(parameter.numel() for parameter in trainable(model))
+        trained = sum(parameter.numel() for parameter in trainable(model))
+        return whole + trained, trained

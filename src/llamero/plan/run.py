@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from llamero.parallel.config import ParallelConfig
 from llamero.plan import base
 from llamero.plan.cluster import Cluster
 from llamero.plan.data import Data, Said, of_stage
-from llamero.plan.memory import Memory, memory, refusal
+from llamero.plan.memory import Memory, Pieces, memory, parameters, refusal
 from llamero.plan.search import ROOM, Candidate, Found, less, search
 from llamero.plan.serving import least, serving
 from llamero.plan.time import Layout, Parts, Work, peak, step_time
@@ -48,6 +48,8 @@ class Planned:
     memory: tuple[Memory, ...]
     """Of each place of the pipeline."""
     fits: bool
+    parameters_per_rank: int
+    """Numbers on the device that has most of them."""
 
     @property
     def fullest(self) -> int:
@@ -61,8 +63,11 @@ class StagePlan:
 
     name: str
     parameters: int
+    """Those of an adapter included."""
     trained: int
     data: Data
+    resized: str
+    """What of the recipe's layout is other here, where the cluster has another number of devices."""
     own: Planned | None
     """With the recipe's own layout."""
     refused: str
@@ -124,6 +129,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "parameters": stage.parameters,
         "trained_parameters": stage.trained,
         "data": {**asdict(stage.data), "tokens": stage.data.tokens},
+        "resized": stage.resized or None,
         "own": None if stage.own is None else _planned_json(stage.own),
         "refused": stage.refused or None,
         "would_fit": [_planned_json(way) for way in stage.ways],
@@ -148,6 +154,7 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
     return {
         "parallel": planned.parallel.model_dump(mode="json"),
         "fits": planned.fits,
+        "parameters_per_rank": planned.parameters_per_rank,
         "memory_bytes": [{**asdict(memory), "total": memory.total} for memory in planned.memory],
         "seconds": asdict(planned.parts),
         **asdict(planned.figures),
@@ -169,17 +176,8 @@ def accelerator_here() -> Accelerator:
     return found
 
 
-def plan(
-    recipe: Recipe,
-    *,
-    root: Path,
-    out: Path,
-    cluster: Cluster,
-    said: Mapping[str, Said] | None = None,
-    best: int = 3,
-    context: int | None = None,
-) -> Plan:
-    """Return what a recipe needs on a cluster.
+class Planning:
+    """A plan in the making, so that each stage can be shown when it is done.
 
     Args:
         recipe: The recipe.
@@ -191,51 +189,60 @@ def plan(
         context: Tokens of a sequence when the release is served; the longest that the model has by default.
 
     Raises:
-        LlameroError: If nobody knows the base's shape, or the devices lack a stage's precision.
+        LlameroError: If nobody knows the base's shape.
     """
-    config, known_from = base.base_config(recipe, root)
-    grown = base.trained_config(config, recipe)
-    weighed: dict[str, tuple[Memory, ...]] = {}
-    stages = []
-    for stage in recipe.train:
-        data = of_stage(stage, recipe, out, (said or {}).get(stage.name))
-        stages.append(_Stage(stage, grown, data, cluster, weighed).plan(recipe, best))
-    last = grown if recipe.train else config
-    context = last.max_position_embeddings if context is None else context
-    served = tuple(_served(last, form, context) for form in _forms(recipe))
-    return Plan(recipe.name, cluster, last, known_from, tuple(stages), served, context)
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        root: Path,
+        out: Path,
+        cluster: Cluster,
+        said: Mapping[str, Said] | None = None,
+        best: int = 3,
+        context: int | None = None,
+    ) -> None:
+        config, self.known_from = base.base_config(recipe, root)
+        self.recipe, self.cluster = recipe, cluster
+        self.config = base.trained_config(config, recipe) if recipe.train else config
+        self.context = self.config.max_position_embeddings if context is None else context
+        self._out, self._said, self._best = out, said or {}, best
+        self._pieces = Pieces()
+
+    def stage(self, stage: StageConfig) -> StagePlan:
+        """Return what one of the recipe's stages needs.
+
+        Raises:
+            LlameroError: If the devices lack its precision.
+        """
+        data = of_stage(stage, self.recipe, self._out, self._said.get(stage.name))
+        return _Stage(stage, self.config, data, self.cluster, self._pieces).plan(self.recipe, self._best)
+
+    def served(self) -> tuple[Served, ...]:
+        """Return what the release needs to run: as its last stage exports it, and its variants."""
+        exported = self.recipe.train[-1].export if self.recipe.train else "bfloat16"
+        quantize = self.recipe.quantize
+        forms = [exported, *(quantize.variants if quantize else ())]
+        sym = quantize is None or quantize.sym
+        return tuple(_served(self.config, form, self.context, sym=sym) for form in forms)
+
+    def whole(self, stages: Sequence[StagePlan]) -> Plan:
+        """Return all of it."""
+        name, cluster, config = self.recipe.name, self.cluster, self.config
+        return Plan(name, cluster, config, self.known_from, tuple(stages), self.served(), self.context)
 
 
-def _forms(recipe: Recipe) -> list[str]:
-    """Return the forms that a release has: as its last stage exports it, and its variants."""
-    exported = recipe.train[-1].export if recipe.train else "bfloat16"
-    return [exported, *(recipe.quantize.variants if recipe.quantize else ())]
-
-
-def _served(config: LlamaConfig, form: str, context: int) -> Served:
+def _served(config: LlamaConfig, form: str, context: int, *, sym: bool) -> Served:
     try:
-        memory = serving(config, form, context=context)
-        return Served(form, memory, least(config, form, context=context))
+        memory = serving(config, form, context=context, sym=sym)
+        return Served(form, memory, least(config, form, context=context, sym=sym))
     except LlameroError as error:  # a form whose size nobody knows yet is no reason not to plan the rest
         return Served(form, None, {}, error.problem)
 
 
-_WEIGHS_NOTHING = {
-    "name", "mixture", "init_from", "steps", "epochs", "lr", "min_lr", "warmup", "schedule", "decay", "betas", "eps",
-    "weight_decay", "weight_decay_embeddings", "clip", "eval_every", "save_every", "export", "overlong",
-}  # fmt: skip
-"""Keys of a stage in which two may differ that need the same memory."""
-
-
 class _Stage:
-    def __init__(
-        self,
-        stage: StageConfig,
-        config: LlamaConfig,
-        data: Data,
-        cluster: Cluster,
-        weighed: dict[str, tuple[Memory, ...]],
-    ) -> None:
+    def __init__(self, stage: StageConfig, config: LlamaConfig, data: Data, cluster: Cluster, pieces: Pieces) -> None:
         self.stage, self.config, self.data, self.cluster = stage, config, data, cluster
         self.precision = "fp32" if stage.precision == "float32" else "bf16"
         peak(cluster.accelerator, self.precision)  # or say that it has none
@@ -247,7 +254,7 @@ class _Stage:
             precision=self.precision,
             frozen=stage.adapter is not None,
         )
-        self.weighed = weighed
+        self.pieces = pieces
         rows = {"batch": data.rows, "batch_samples": None, "batch_tokens": None}
         self.full = stage.model_copy(update=rows)
         """The stage as its largest step is."""
@@ -255,7 +262,7 @@ class _Stage:
 
     def plan(self, recipe: Recipe, best: int) -> StagePlan:
         """Return what is needed with the recipe's layout, and with the best ones."""
-        own, refused = self._own(recipe.parallel)
+        own, resized, refused = self._own(recipe.parallel)
         ways = () if own is None or own.fits else self._ways(own.parallel)
         found = search(
             self.work,
@@ -270,23 +277,19 @@ class _Stage:
         data = self.data
         if self.stage.dropout != DropoutConfig():
             data = replace(data, notes=(*data.notes, "drawing what is dropped takes time that is not counted here"))
-        return StagePlan(
-            self.stage.name, whole, trained, data, own, refused, ways, found, tuple(map(self._of, found.best))
-        )
+        best_ones = tuple(map(self._of, found.best))
+        return StagePlan(self.stage.name, whole, trained, data, resized, own, refused, ways, found, best_ones)
 
-    def _own(self, parallel: ParallelConfig) -> tuple[Planned | None, str]:
-        """Return the recipe's layout on this cluster, or why it cannot be."""
-        if parallel.gpus != self.cluster.gpus:
-            keys = {**parallel.model_dump(), "gpus": self.cluster.gpus, "shard": None}
-            try:
-                parallel = ParallelConfig.model_validate(keys)
-            except ValidationError as error:
-                return None, error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+    def _own(self, parallel: ParallelConfig) -> tuple[Planned | None, str, str]:
+        """Return the recipe's layout on this cluster, what is other there, and why it cannot be."""
+        resized = ""
         try:
+            if parallel.gpus != self.cluster.gpus:
+                parallel, resized = resize(parallel, self.cluster.gpus)
             self.refuse(parallel)
         except LlameroError as error:
-            return None, f"{error.problem}; {error.fix}" if error.fix else error.problem
-        return self._planned(parallel), ""
+            return None, resized, f"{error.problem}; {error.fix}" if error.fix else error.problem
+        return self._planned(parallel), resized, ""
 
     def _ways(self, parallel: ParallelConfig) -> tuple[Planned, ...]:
         """Return the first layout with the same axes that fits."""
@@ -305,13 +308,11 @@ class _Stage:
         needs = self._weigh(candidate.parallel)
         room = ROOM * self.cluster.accelerator.memory_gib * 2**30
         fits = max(memory.total for memory in needs) <= room
-        return Planned(candidate.parallel, candidate.parts, self._figures(candidate.parts), needs, fits)
+        numbers = parameters(self.config, self.full, candidate.parallel, pieces=self.pieces).per_rank
+        return Planned(candidate.parallel, candidate.parts, self._figures(candidate.parts), needs, fits, numbers)
 
     def _weigh(self, parallel: ParallelConfig) -> tuple[Memory, ...]:
-        key = self.full.model_dump_json(exclude=_WEIGHS_NOTHING) + parallel.model_dump_json()
-        if key not in self.weighed:
-            self.weighed[key] = tuple(memory(self.config, self.full, parallel))
-        return self.weighed[key]
+        return tuple(memory(self.config, self.full, parallel, pieces=self.pieces))
 
     def _figures(self, parts: Parts) -> Figures:
         gpus, tokens, seconds = self.cluster.gpus, self.data.step_tokens, parts.total
@@ -323,3 +324,31 @@ class _Stage:
             hours=hours,
             gpu_hours=None if hours is None else hours * gpus,
         )
+
+
+def resize(parallel: ParallelConfig, gpus: int) -> tuple[ParallelConfig, str]:
+    """Return a layout on another number of devices, and what is other in it.
+
+    Its tensor and pipeline axes stay. Where it has copies (`replicate`), there are more or fewer of them, if that comes
+    out even; else `shard` takes what is left.
+
+    Args:
+        parallel: The layout.
+        gpus: Devices.
+
+    Raises:
+        LlameroError: If the axes that stay do not divide them.
+    """
+    copy = parallel.sharded * parallel.tensor * parallel.pipeline
+    copies = parallel.replicate > 1 and gpus % copy == 0
+    axes = {"replicate": gpus // copy, "shard": parallel.sharded} if copies else {"shard": None}
+    try:
+        made = ParallelConfig.model_validate({**parallel.model_dump(), "gpus": gpus, **axes})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise LlameroError(problem, where="parallel") from error
+    name, sizes = ("replicate", (parallel.replicate, made.replicate)) if copies else (
+        "shard", (parallel.sharded, made.sharded)
+    )  # fmt: skip
+    said = f"it is for {parallel.gpus} GPUs; on {gpus} `{name}` becomes {sizes[1]} instead of {sizes[0]}"
+    return made, said

@@ -32,10 +32,9 @@ Refuse = Callable[[ParallelConfig], None]
 Weigh = Callable[[ParallelConfig], "Memory"]
 """Returns what the fullest device holds under a layout."""
 
-ROOM = 0.92
-"""Share of a device's memory that a plan may fill: the rest is the driver's, the communication library's, and what the
-allocator cannot use."""
-
+ROOM = 0.94
+"""Share of a device's memory that a plan may fill: the rest is what the allocator cannot use. What the driver and the
+communication library take is counted (`memory.RUNTIME`)."""
 
 MOST_LOW = 1.25
 """The rough count is raised by what it was low by, in layouts of the same kind that were weighed; at most by this."""

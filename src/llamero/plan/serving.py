@@ -17,14 +17,10 @@ from llamero.core.hardware import ACCELERATORS, Accelerator
 from llamero.infer.kv import PAGE
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
-from llamero.plan.memory import Memory
+from llamero.plan.memory import RUNTIME, Memory
 from llamero.quantize import variants
 
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-RUNTIME = 1 << 30
-"""Bytes that a process has on each device before it has a model: CUDA's context, its kernels, workspaces of its
-libraries. 0.5 to 1 GiB on an A100 or H100."""
 
 USABLE = 0.9
 """Share of a device's memory that is given to a model, as serving engines do; the rest is for what is not foreseen."""
@@ -33,13 +29,14 @@ PREFILL = 2048
 """Tokens of prompts that go through the model at a time."""
 
 
-def weights(config: LlamaConfig, form: str) -> int:
+def weights(config: LlamaConfig, form: str, *, sym: bool = True) -> int:
     """Return the bytes of a model's tensors in a form.
 
     Args:
         config: The model.
         form: `float16`, `bfloat16`, `float32`, or the name of a variant, such as `gptq-4bit-128g-actorder_True` or
             `awq-4bit-128g`.
+        sym: Whether the grids of a variant are symmetric where its name does not say it.
 
     Raises:
         LlameroError: If the form is unknown, or does not divide a layer.
@@ -47,7 +44,7 @@ def weights(config: LlamaConfig, form: str) -> int:
     with torch.device("meta"):
         model = Llama(replace(config, num_layers=1))  # every layer is like the first
     (block,) = model.model.layers
-    packed, size = _format(form), PLAIN.get(form, torch.float16).itemsize
+    packed, size = _format(form, sym=sym), PLAIN.get(form, torch.float16).itemsize
     ends = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in block.parameters())
     of_block = 0
     for name, module in block.named_modules():
@@ -59,13 +56,13 @@ def weights(config: LlamaConfig, form: str) -> int:
     return size * ends + config.num_layers * of_block
 
 
-def _format(form: str) -> Format | None:
+def _format(form: str, *, sym: bool) -> Format | None:
     """Return how the layers of a form are packed; nothing if none is."""
     if form in PLAIN:
         return None
     if form.startswith("gguf"):
         raise LlameroError(f"what `{form}` needs is not foretold", fix="the size of its file, and the cache beside it")
-    return variants.parse(form).format
+    return variants.parse(form, sym=sym).format
 
 
 def _refuse_odd_groups(name: str, inputs: int, group: int) -> None:
@@ -74,7 +71,9 @@ def _refuse_odd_groups(name: str, inputs: int, group: int) -> None:
         raise LlameroError(problem, fix="choose another variant")
 
 
-def serving(config: LlamaConfig, form: str, *, context: int, sequences: int = 1, devices: int = 1) -> Memory:
+def serving(
+    config: LlamaConfig, form: str, *, context: int, sequences: int = 1, devices: int = 1, sym: bool = True
+) -> Memory:
     """Return what each of some devices needs that share a model by tensor parallelism.
 
     Args:
@@ -83,6 +82,7 @@ def serving(config: LlamaConfig, form: str, *, context: int, sequences: int = 1,
         context: Tokens of a sequence.
         sequences: How many at a time.
         devices: That share it.
+        sym: As of `weights`.
     """
     size = PLAIN.get(form, torch.float16).itemsize
     pages = sequences * ceil(context / PAGE)
@@ -91,10 +91,11 @@ def serving(config: LlamaConfig, form: str, *, context: int, sequences: int = 1,
     logits = sequences * config.vocab_size * torch.float32.itemsize
     shared = min(devices, config.num_kv_heads)  # with more devices, some have the same heads
     return Memory(
-        weights=ceil(weights(config, form) / devices),
+        weights=ceil(weights(config, form, sym=sym) / devices),
         kv=ceil(kv / shared),
         logits=logits,
-        other=RUNTIME + ceil(passing / devices),
+        other=ceil(passing / devices),
+        runtime=RUNTIME,
     )
 
 
@@ -104,6 +105,7 @@ def least(
     *,
     context: int,
     sequences: int = 1,
+    sym: bool = True,
     on: Iterable[Accelerator] = tuple(ACCELERATORS.values()),
 ) -> dict[str, int | None]:
     """Return the least number of devices of each kind that hold a model, by the kind's name.
@@ -113,6 +115,7 @@ def least(
         form: Of its weights: see `weights`.
         context: Tokens of a sequence.
         sequences: How many at a time.
+        sym: As of `weights`.
         on: Kinds of devices.
 
     Returns:
@@ -120,7 +123,8 @@ def least(
     """
     fitting = [number for number in range(1, min(64, config.num_heads) + 1) if config.num_heads % number == 0]
     needs = {
-        number: serving(config, form, context=context, sequences=sequences, devices=number).total for number in fitting
+        number: serving(config, form, context=context, sequences=sequences, devices=number, sym=sym).total
+        for number in fitting
     }
     return {
         kind.name: next((n for n, need in needs.items() if need <= USABLE * kind.memory_gib * 2**30), None)

@@ -7,6 +7,7 @@ from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +50,8 @@ class Weigh(TorchDispatchMode):
             return NotImplemented  # it comes again with the tensors within
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].is_floating_point() else 0  # there are no numbers, and any does
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all that is asked, and makes nothing
         made = func(*args, **(kwargs or {}))
         for storage in storages(value for value in tree_iter(made) if isinstance(value, Tensor)):
             if storage not in self._known and storage not in self._seen:

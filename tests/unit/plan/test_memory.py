@@ -1,6 +1,5 @@
 """Bytes of a plan against counting them on paper, and against running every layer of the model."""
 
-import jaxtyping
 import pytest
 import torch.distributed as dist
 
@@ -10,16 +9,9 @@ from llamero.model.rope import Default
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.imagined import first_of, imagined
 from llamero.plan import memory as plan
-from llamero.plan.memory import memory
+from llamero.plan.memory import RUNTIME, Pieces, memory, parameters
 
-
-@pytest.fixture(autouse=True)
-def plain_annotations():
-    """Under sequence parallelism a layer has tokens of two numbers, which one name in a signature cannot say."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 LAYOUTS = {
     "alone": {"gpus": 1, "recompute": "selective"},
@@ -29,6 +21,7 @@ LAYOUTS = {
     "hsdp-tensor": {"gpus": 8, "replicate": 2, "tensor": 2, "shard": 2},
     "pipeline": {"gpus": 4, "pipeline": 2, "tensor": 2},
     "zero-bubble": {"gpus": 4, "pipeline": 2, "schedule": "zero-bubble"},
+    "zero-bubble-tensor": {"gpus": 8, "pipeline": 2, "schedule": "zero-bubble", "tensor": 2, "zero": 3},
 }
 
 
@@ -68,6 +61,7 @@ def test_a_few_layers_tell_what_all_of_them_need(name, monkeypatch):
     noisy = stage(dropout={"hidden": 0.2, "lima": True}, neftune=5, z_loss=1e-4)
     few = memory(shape(), noisy, parallel)
     monkeypatch.setattr(plan, "FEW", (99, 99))
+    monkeypatch.setattr(plan, "FEW_SHARDED", (99, 99))
     assert few == memory(shape(), noisy, parallel)
 
 
@@ -79,6 +73,41 @@ def test_what_rests_on_one_device_is_what_paper_says():
     assert found.optimizer == 8 * numbers(config) + 4 * tensors
     assert found.gathered == found.host == found.kv == 0
     assert found.total == sum(value for name, value in vars(found).items() if name != "host")
+    assert found.runtime == RUNTIME
+    assert memory(config, stage(), ParallelConfig(), device="cpu")[0].runtime == 0
+
+
+def test_numbers_are_counted_with_those_of_an_adapter():
+    adapter = {"lora": 8, "targets": ["q_proj", "down_proj"]}
+    factors = 6 * 8 * ((64 + 64) + (96 + 64))
+    pieces = Pieces()
+    memory(shape(), stage(adapter=adapter), ParallelConfig(), pieces=pieces)
+    before = len(pieces.known)
+    found = parameters(shape(), stage(adapter=adapter), ParallelConfig(), pieces=pieces)
+    assert found == (numbers(shape()) + factors, factors, numbers(shape()) + factors)
+    assert len(pieces.known) == before
+    packed = parameters(shape(), stage(adapter=adapter | {"base": "nf4"}), ParallelConfig())
+    assert packed == found
+
+
+@pytest.mark.slow
+def test_numbers_on_one_device_are_its_share():
+    found = parameters(shape(vocab_size=256), stage(), ParallelConfig(gpus=4))
+    whole = numbers(shape(vocab_size=256))
+    assert found == (whole, whole, whole // 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_pieces_weigh_the_same_in_any_pipeline(zero):
+    keys = {"zero": zero, "recompute": "selective", "shard": 2}
+    several = ParallelConfig(gpus=4, pipeline=2, schedule="zero-bubble", **keys)
+    pieces = Pieces()
+    memory(shape(8), stage(batch=32), ParallelConfig(gpus=8, pipeline=4, **keys), pieces=pieces)
+    before = dict(pieces.known)
+    shared = memory(shape(8), stage(batch=32), several, pieces=pieces)
+    assert pieces.known == before
+    assert shared == memory(shape(8), stage(batch=32), several)
 
 
 def test_a_tied_head_is_there_once():
@@ -142,6 +171,7 @@ def test_an_adapter_has_its_base_frozen_and_its_factors_trained():
     assert found.weights == 2 * numbers(shape()) + 4 * factors  # what is frozen rests in bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "bits"), [("nf4", 4 + 32 / 64), ("rtn-4bit-32g", 4 + (16 + 4) / 32)])
 def test_a_packed_base_weighs_what_its_codes_weigh(base, bits):
     adapter = {"lora": 8, "targets": ["q_proj"], "base": base}

@@ -1,17 +1,18 @@
 import json
 
-import jaxtyping
 import pytest
 
 from llamero.cli import main
 from llamero.core.errors import LlameroError
 from llamero.core.hardware import ACCELERATORS
+from llamero.parallel.config import ParallelConfig
 from llamero.plan import run
+from llamero.plan.base import parameters
 from llamero.plan.cluster import Cluster
 from llamero.plan.data import Said
-from llamero.plan.memory import Memory
-from llamero.plan.run import plan
-from llamero.plan.search import rough_bytes
+from llamero.plan.memory import Memory, Parameters
+from llamero.plan.run import Planning, resize
+from llamero.plan.search import ROOM, rough_bytes
 from llamero.plan.time import Work
 from llamero.recipe.load import load
 
@@ -35,19 +36,16 @@ parallel: {gpus: 4, tensor: 2, pipeline: 2, recompute: selective, micro_batch: 2
 def counted(monkeypatch):
     """A count in place of the weighing, which takes seconds."""
 
-    def memory(config, stage, parallel):
+    def memory(config, stage, parallel, *, pieces):
         whole = rough_bytes(Work(config, stage.sequence), parallel, stage.batch)
         return [Memory(activations=round(whole / (1 + place))) for place in range(parallel.pipeline)]
 
+    def numbers(config, stage, parallel, *, pieces):
+        whole, trained = parameters(config, stage)
+        return Parameters(whole, trained, whole // parallel.gpus)
+
     monkeypatch.setattr(run, "memory", memory)
-
-
-@pytest.fixture
-def unchecked():
-    """Under sequence parallelism a residual has fewer tokens than its rotation: the shapes are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    monkeypatch.setattr(run, "parameters", numbers)
 
 
 @pytest.fixture
@@ -59,7 +57,12 @@ def recipe(tmp_path):
 
 def planned(path, *overrides, device="a100-80gb", gpus=4, **keys):
     cluster = Cluster(ACCELERATORS[device], gpus)
-    return plan(load(path, overrides), root=path.parent, out=path.parent / "run", cluster=cluster, **keys)
+    return made_of(load(path, overrides), path, cluster, **keys)
+
+
+def made_of(recipe, path, cluster, **keys):
+    planning = Planning(recipe, root=path.parent, out=path.parent / "run", cluster=cluster, **keys)
+    return planning.whole([planning.stage(stage) for stage in recipe.train])
 
 
 def test_every_stage_is_planned(recipe, counted):
@@ -82,7 +85,7 @@ def test_every_stage_is_planned(recipe, counted):
     json.dumps(made.to_json())
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_recipes_layout_is_weighed(recipe):
     own = planned(recipe, best=0).stages[0].own
     assert own is not None
@@ -110,9 +113,9 @@ def test_what_does_not_fit_says_what_would(recipe, counted):
     most, least = (max(one.total for one in own.memory) for own in (small, less))
     assert least < most
     device = ACCELERATORS["a100-80gb"]
-    between = type(device)(**{**vars(device), "memory_gib": (most + least) / 2 / 0.92 / 2**30})
+    between = type(device)(**{**vars(device), "memory_gib": (most + least) / 2 / ROOM / 2**30})
     parsed = load(recipe, ["parallel.recompute=none", "parallel.micro_batch=8"])
-    made = plan(parsed, root=recipe.parent, out=recipe.parent / "run", cluster=Cluster(between, 4), best=0)
+    made = made_of(parsed, recipe, Cluster(between, 4), best=0)
     own, ways = made.stages[0].own, made.stages[0].ways
     assert own is not None
     assert not own.fits
@@ -148,9 +151,22 @@ def test_a_layout_that_cuts_codes_is_told_and_none_that_does_is_suggested(recipe
 
 
 def test_more_gpus_than_the_recipe_has_are_more_shards(recipe, counted):
-    own = planned(recipe, gpus=8, best=0).stages[0].own
-    assert own is not None
-    assert (own.parallel.tensor, own.parallel.pipeline, own.parallel.sharded) == (2, 2, 2)
+    stage = planned(recipe, gpus=8, best=0).stages[0]
+    assert stage.own is not None
+    parallel = stage.own.parallel
+    assert (parallel.tensor, parallel.pipeline, parallel.sharded, parallel.replicate) == (2, 2, 2, 1)
+    assert stage.resized == "it is for 4 GPUs; on 8 `shard` becomes 2 instead of 1"
+    assert not planned(recipe, best=0).stages[0].resized
+
+
+def test_where_there_are_copies_other_gpus_are_other_copies():
+    copies = ParallelConfig(gpus=16, tensor=2, shard=4, replicate=2)
+    for gpus, replicate, sharded in ((32, 4, 4), (8, 1, 4), (24, 3, 4), (20, 2, 5)):
+        made, said = resize(copies, gpus)
+        assert (made.gpus, made.tensor, made.replicate, made.sharded) == (gpus, 2, replicate, sharded)
+        assert f"on {gpus}" in said
+    with pytest.raises(LlameroError, match="does not divide `gpus: 6`"):
+        resize(copies, 6)
 
 
 def test_a_device_that_lacks_the_precision_is_refused(recipe):
@@ -191,7 +207,9 @@ def test_the_command_prints_what_a_terminal_of_80_columns_shows(recipe, counted,
     with pytest.raises(SystemExit) as end:
         main(["plan", str(recipe), *arguments])
     assert not end.value.code
-    said = capsys.readouterr().out
+    captured = capsys.readouterr()
+    said = captured.out
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["first", "second"]  # no terminal, one each
     assert max(map(len, said.splitlines())) <= 80
     for part in (
         "4 × H100 SXM",

@@ -7,7 +7,8 @@ from llamero.core.errors import LlameroError
 from llamero.core.hardware import accelerator
 from llamero.infer.kv import PagedCache
 from llamero.plan.known import config_of
-from llamero.plan.serving import RUNTIME, least, serving, weights
+from llamero.plan.memory import RUNTIME
+from llamero.plan.serving import least, serving, weights
 
 LLAMA_70B = config_of("llama-2-70b")
 
@@ -52,7 +53,7 @@ def test_keys_and_values_take_what_the_cache_takes(devices):
     cache = PagedCache(LLAMA_70B, dtype=torch.float16, device="meta", pages=3 * 63)
     assert found.kv * devices == sum(pool.nbytes for pools in cache._pools for pool in pools)
     assert found.weights == weights(LLAMA_70B, "float16") / devices
-    assert found.other > RUNTIME
+    assert found.runtime == RUNTIME
     assert found.gradients == found.optimizer == found.activations == 0
 
 
@@ -68,3 +69,13 @@ def test_a_tied_head_is_weighed_once():
 def test_forms_that_cannot_be_are_refused(form, said):
     with pytest.raises(LlameroError, match=said):
         weights(LLAMA_70B, form)
+
+
+def test_compressed_tensors_weigh_codes_scales_and_where_zero_is_not_in_the_middle_zeros():
+    layer = 8192 * 8192 * 2 + 8192 * 1024 * 2 + 3 * 8192 * 28672  # weights of a layer, in seven matrices
+    plain = 2 * (2 * 32_000 * 8192 + 80 * 2 * 8192 + 8192)  # embedding, head, norms
+    found = weights(LLAMA_70B, "gptq-3bit-128g-actorder_static-ct")
+    assert found == plain + 80 * (layer * 3 // 8 + layer // 128 * 2 + 7 * 16)
+    zeros = 80 * layer // 128 * 3 // 8
+    assert weights(LLAMA_70B, "gptq-3bit-128g-actorder_static-asym-ct") == found + zeros
+    assert weights(LLAMA_70B, "gptq-3bit-128g-actorder_static-ct", sym=False) == found + zeros
