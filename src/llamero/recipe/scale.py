@@ -41,6 +41,8 @@ SAMPLES = 400
 VALIDATION = 0.1
 CALIBRATION = 4096
 QUESTIONS = 2
+RANK = 32
+"""Of an adapter: the narrowest layer of `SHAPE` is twice as wide."""
 NEW_TOKENS = 16
 LONGEST_SAID = 120
 """Characters of a value that a change shows."""
@@ -181,6 +183,9 @@ class _Tiny:
         longest = max((stage.sequence for stage in recipe.train), default=SEQUENCE)
         for stage, own in zip(recipe.train, keys.get("train", ()), strict=True):
             _stage(self._part(own, f"train.{stage.name}"), stage, longest=longest)
+            if stage.adapter is not None:
+                adapter = self._part(own["adapter"], f"train.{stage.name}.adapter")
+                adapter.most("lora", stage.adapter.lora, RANK, "no rank is larger than a layer")
             if stage.probe is not None:
                 self._probe(own, stage.name, stage.probe)
         if recipe.quantize is not None:

@@ -222,6 +222,14 @@ def test_what_is_not_here_is_left_out_or_replaced():
     assert ("evaluate.0", "h4", "-") in [(change.key, change.before, change.after) for change in scaled.changes]
 
 
+def test_an_adapter_of_a_later_stage_fits_the_tiny_layers():
+    stages = [{"name": name, "mixture": "chat", "epochs": 1} for name in ("plain", "adapted")]
+    stages[1]["adapter"] = {"lora": 128, "base": "nf4"}
+    _, adapted = shrunk(recipe(train=stages)).recipe.train
+    assert adapted.adapter is not None
+    assert (adapted.adapter.lora, adapted.adapter.base) == (32, "nf4")
+
+
 def test_probes_ask_little_and_only_what_is_here():
     asks = {"every": 200, "task": "arc_challenge", "data": "benchmarks"}
     (there,) = shrunk(stage(probe=asks), present={"benchmarks"}).recipe.train
