@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from torch.distributed.pipelining import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
-
 from llamero.parallel.config import Schedule
+from llamero.parallel.spread import SEVERAL
 
 Kind = Literal["F", "B", "I", "W"]
 """Forward; backward; its half that gives gradients of inputs; its half that gives gradients of weights."""
@@ -49,16 +48,10 @@ def orders(schedule: Schedule, ranks: int, pieces: int, micros: int) -> tuple[tu
         pieces: Pieces of the model; rank r has r, r + ranks and so on.
         micros: Micro-batches of a step.
     """
-    if schedule in _TORCH:
-        return tuple(_of_torch(_TORCH[schedule], ranks, pieces, micros, rank) for rank in range(ranks))
+    if schedule in SEVERAL:
+        return tuple(_of_torch(SEVERAL[schedule], ranks, pieces, micros, rank) for rank in range(ranks))
     ahead = micros if schedule == "gpipe" else 0
     return tuple(_single(rank, micros, warm=min(micros, ahead or ranks - rank)) for rank in range(ranks))
-
-
-_TORCH: Mapping[str, type[Any]] = {
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-}
 
 
 _KINDS: Mapping[str, Kind] = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}

@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from llamero.core.hardware import ACCELERATORS
+from llamero.core.hardware import ACCELERATORS, Arithmetic
 from llamero.plan.cluster import Cluster
 from llamero.plan.known import config_of
-from llamero.plan.time import Efficiency, Layout, Precision, Work, step_time
+from llamero.plan.time import Efficiency, Layout, Work, step_time
 
 FITTED = ("sustained", "product_8", "eager", "link", "network", "hidden")
 """Names of what is fitted, in `Efficiency`."""
@@ -47,7 +47,7 @@ class Run:
     measured: float
     model: str
     sequence: int
-    precision: Precision
+    precision: Arithmetic
     layout: Layout
     device: Literal["H100 at 500 W", "H200"] = "H100 at 500 W"
     use: Literal["fit", "check", "shown"] = "check"
@@ -81,7 +81,7 @@ _70B = replace(_8B, shard=32, tensor=8, rows=16, recompute="full")
 _405B = replace(_70B, shard=8, pipeline=8, pieces=8, micros=8, rows=4, hides_tensor=True, zero=1)
 
 
-def _small(name: str, measured: float, layout: Layout, precision: Precision = "bf16", source: str = DEC_2024) -> Run:
+def _small(name: str, measured: float, layout: Layout, precision: Arithmetic = "bf16", source: str = DEC_2024) -> Run:
     device = "H200" if source == H200_2025 else "H100 at 500 W"
     return Run(f"8B {name}", source, measured, "llama-3.1-8b", 8192, precision, layout, device, "fit")
 
@@ -91,7 +91,7 @@ def _ring(over: int, measured: float) -> Run:
     return Run(f"8B fp8, {length:,} over {over}", DEC_2024, measured, "llama-3.1-8b", length, "fp8", layout)
 
 
-def _large(name: str, measured: float, precision: Precision, source: str, *, hides: bool) -> Run:
+def _large(name: str, measured: float, precision: Arithmetic, source: str, *, hides: bool) -> Run:
     layout = replace(_70B, hides_tensor=hides)
     return Run(f"70B {name}", source, measured, "llama-3.1-70b", 8192, precision, layout)
 

@@ -18,11 +18,11 @@ from llamero.plan.cluster import Cluster, Group
 from llamero.plan.order import Durations, seconds
 
 if TYPE_CHECKING:
-    from llamero.core.hardware import Accelerator
+    from llamero.core.hardware import Accelerator, Arithmetic
     from llamero.model.config import LlamaConfig
     from llamero.parallel.config import ParallelConfig, Schedule
 
-Precision = Literal["fp32", "fp16", "bf16", "fp8"]
+
 _WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2}
 """Bytes of an activation; with fp8 only what goes into a product has one byte."""
 
@@ -158,7 +158,7 @@ class Work:
     sequence: int
     attended: float | None = None
     learned: float = 1.0
-    precision: Precision = "bf16"
+    precision: Arithmetic = "bf16"
     frozen: bool = False
 
     @property
