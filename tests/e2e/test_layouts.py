@@ -48,11 +48,20 @@ LAYOUTS = {
     },
 }
 TIED = {
-    2: {"tied fsdp": {}, "tied zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"}},
+    2: {
+        "tied fsdp": {},
+        "tied zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
+        "tied interleaved": {"pipeline": 2, "schedule": "interleaved"},
+    },
     4: {
         "tied pipeline × tensor": {"pipeline": 2, "tensor": 2},
         "tied pipeline × fsdp": {"pipeline": 2, "micro_batch": 1},
+        "tied pipeline of four": {"pipeline": 4, "micro_batch": 2},
+        "tied pipeline × fsdp, offloaded": {"pipeline": 2, "offload": True},
+        "tied pipeline × replicate": {"pipeline": 2, "replicate": 2, "schedule": "zero-bubble"},
+        "tied pipeline × tensor, whole sequence": {"pipeline": 2, "tensor": 2, "sequence_parallel": False},
     },
+    8: {"tied pipeline × fsdp × tensor": {"pipeline": 2, "tensor": 2, "zero": 3}},
 }
 """Layouts of a model whose head is its embedding."""
 SAMPLES = {"name": "samples", "stage": {"batch": 17, "batch_samples": 17}}

@@ -23,10 +23,12 @@ ORDERS = {
         "fsdp": {"parallel": {"micro_batch": 4}},
         "tensor": {"parallel": {"tensor": 2, "micro_batch": 4}},
         "pipeline": {"parallel": {"pipeline": 2}},
+        "tied-pipeline": {"parallel": {"pipeline": 2}, "shape": {"tie_word_embeddings": True}},
     },
     4: {
         "fsdp-tensor": {"parallel": {"tensor": 2, "micro_batch": 2}},
         "pipeline-tensor": {"parallel": {"pipeline": 2, "tensor": 2}},
+        "tied-pipeline-fsdp": {"parallel": {"pipeline": 2, "zero": 3}, "shape": {"tie_word_embeddings": True}},
     },
 }
 

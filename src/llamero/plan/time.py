@@ -439,6 +439,15 @@ class _Step:
         bytes = 4 * weights / self.layout.tensor / self.layout.fsdp
         return bytes / (HOST_GB_S * 1e9) if self.layout.offload else 0.0
 
+    def _tied(self) -> float:
+        """Return the seconds of summing the gradients of a tied table over both ends of a pipeline."""
+        c, layout = self.config, self.layout
+        if layout.pipeline == 1 or self.work.frozen or not c.tie_word_embeddings:
+            return 0.0
+        share = 4 * c.vocab_size * c.hidden_size / (layout.tensor * layout.fsdp)
+        ends = Group(2, (layout.pipeline - 1) * layout.gpus // layout.pipeline)
+        return 2 * self._collective(share, ends)
+
     def _optimizer(self) -> float:
         """Return the seconds of clipping and AdamW: 28 bytes a parameter read and written, gradients once more."""
         if self.work.frozen:
@@ -453,7 +462,7 @@ class _Step:
         """Return the seconds of the step, those of the busiest place of the pipeline."""
         layout = self.layout
         pieces = [self._piece(number) for number in range(layout.pieces)]
-        last = Parts(optimizer=self._optimizer())
+        last = Parts(optimizer=self._optimizer(), data=self._tied())
         if layout.pieces == 1:
             *passes, once = pieces[0]
             return sum(passes, start=Parts()) * layout.micros + once + last

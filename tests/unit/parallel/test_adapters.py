@@ -38,6 +38,7 @@ WIDE = {"hidden": 128, "mlp": 256, "layers": 2, "std": 0.1}
 KINDS = {
     "lora": {"adapter": {"dropout": 0.3}},
     "whole": {"adapter": {"lora": 3, "modules_to_save": ["embed_tokens", "lm_head", "norm"], "targets": ["v_proj"]}},
+    "tied": {"adapter": {"modules_to_save": ["embed_tokens"], "targets": ["v_proj"]}, "shape": {"tied": True}},
     "nf4": {"adapter": {"packed": "nf4-double"}, "shape": WIDE},
     "grid": {"adapter": {"packed": "rtn-4bit-32g", "dropout": 0.3}, "shape": WIDE},
 }
@@ -51,6 +52,7 @@ FOUR = {
         {"pipeline": 2, "tensor": 2, "schedule": "zero-bubble"},
         {"replicate": 2, "compile": True},
     ],
+    "tied": [{"pipeline": 2, "tensor": 2}, {"pipeline": 2}],
     "whole": [{"tensor": 2}],  # the rank is no multiple of what FSDP spreads
     "nf4": [{"tensor": 2}, {"pipeline": 2, "micro_batch": 1}],
     "grid": [{"replicate": 2, "tensor": 2}, {"offload": True}],

@@ -93,14 +93,14 @@ def test_asked_to_stop_on_one_process_all_save_the_same_step(root, whole):
 )
 def test_four_processes_then_two_then_one_go_on_from_each_other(root, whole, name, four, tmp_path):
     tied, shared = name == "tied", tmp_path / "shared"
-    keys = {"number": signal.SIGTERM, "rank": 0, "tied": tied, "probe": False}
+    keys = {"number": signal.SIGTERM, "rank": 0, "tied": tied}
     ended = cut(tmp_path / "four", shared, processes=4, parallel=four, step=8, **keys)
     assert {code for code, _ in ended} == {130}
     first = json.loads((shared / "checkpoints" / kept(shared)[-1] / "state.json").read_text())["step"]
     ended = cut(tmp_path / "two", shared, processes=2, step=2, **keys)
     assert {code for code, _ in ended} == {130}
     assert kept(shared)[-1] == f"step-{first + 2:08}"
-    last = layouts.run([order("last", shared, tied=tied, probe=False)], processes=1, where=tmp_path / "last")["last"]
+    last = layouts.run([order("last", shared, tied=tied)], processes=1, where=tmp_path / "last")["last"]
     assert [line["step"] for line in last.lines] == [1, 2, 3, 4, 5, 6]
     assert max(layouts.differences(last, whole[name]).values()) < 1e-5
 

@@ -116,6 +116,13 @@ def test_a_tied_head_is_there_once():
     assert found.weights == 4 * (numbers(config) - config.vocab_size * config.hidden_size)
 
 
+def test_both_ends_of_a_pipeline_have_a_tied_table():
+    parallel = ParallelConfig(gpus=3, pipeline=3)
+    tied, apart = (memory(shape(6, tie_word_embeddings=on), stage(), parallel) for on in (True, False))
+    assert [place.weights for place in tied] == [place.weights for place in apart]
+    assert tied[0].weights > tied[1].weights
+
+
 def test_shards_of_all_devices_are_the_model():
     config = shape(vocab_size=256)
     (found,) = memory(config, stage(), ParallelConfig(gpus=8))
