@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from llamero.corpus.dataset import Sources
 from llamero.engine.batches import Batches
@@ -73,7 +74,9 @@ class Prober:
             nll = list(self._sweep(self._batches))
             ends = list(accumulate(map(len, self._probe.questions), initial=0))
             numbers = self._probe.judge([[-each for each in nll[a:b]] for a, b in pairwise(ends)])
-        samples = self._probe.speak(self._spread)
+        # compiled layers serve rows of documents; for a cache and single tokens each would be compiled anew
+        with torch.compiler.set_stance("force_eager"):
+            samples = self._probe.speak(self._spread)
         self._file.write({"step": step, **numbers, "samples": samples})
         self._file.sync()
         return numbers
