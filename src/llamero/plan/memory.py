@@ -383,7 +383,7 @@ def _weigh(part: Part, spread: Spread, stage: StageConfig) -> _Piece:
     part.micros = [_micro(spread, stage)]
     x = None if part.first else torch.empty_like(spread.residual(), device="cpu").requires_grad_()
     resting = list(chain(part.parameters(), part.buffers()))
-    weights = nbytes(resting)
+    weights, here = nbytes(resting), _numbers(part)  # before a pass leaves weights whole
     handed = (0 if x is None else nbytes([x])) + (0 if part.last else nbytes([spread.residual()]))
     trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
     sharded = nbytes(trained)
@@ -420,7 +420,7 @@ def _weigh(part: Part, spread: Spread, stage: StageConfig) -> _Piece:
         forward,
         backward,
         handed,
-        _numbers(part),
+        here,
     )
 
 
