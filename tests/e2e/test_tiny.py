@@ -35,7 +35,7 @@ def stages(said):
     ("name", "made"),
     [
         (OASST, ["data-oasst_pre10_min25", "data-oasst_top1", "train-stage1", "train-stage2", *GPTQ, "release"]),
-        (SOLAR, ["data-instruct", "train-sft", "gptq-4bit-128g-actorder_True", "evaluate-samples-sft", "release"]),
+        (SOLAR, ["data-instruct", "train-sft", "awq-4bit-128g", "evaluate-samples-sft", "release"]),
     ],
 )
 def test_a_published_recipe_goes_the_whole_way_on_four_processes(name, made, tmp_path):
