@@ -17,48 +17,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-SUPER = 256
-"""Weights of a super-block."""
+from llamero.checkpoint.gguf import TYPES
 
 SWEEPS = 3
 """How often codes and the scales of a super-block are fitted to each other."""
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A block format.
-
-    Args:
-        name: As GGUF calls it.
-        number: Its type id in a GGUF file.
-        block: Weights of a block.
-        size: Bytes of a block.
-    """
-
-    name: str
-    number: int
-    block: int
-    size: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Return the bits that a weight takes, scales included."""
-        return 8 * self.size / self.block
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("Q4_0", 2, 32, 18),
-        Kind("Q5_0", 6, 32, 22),
-        Kind("Q8_0", 8, 32, 34),
-        Kind("Q2_K", 10, SUPER, 84),
-        Kind("Q3_K", 11, SUPER, 110),
-        Kind("Q4_K", 12, SUPER, 144),
-        Kind("Q5_K", 13, SUPER, 176),
-        Kind("Q6_K", 14, SUPER, 210),
-    )
-}
+KINDS = {name: TYPES[name] for name in ("Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")}
 """Every block format that is written and read here."""
 
 
