@@ -4,8 +4,8 @@ Logits exist for a chunk of positions at a time, and only for positions that are
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from itertools import accumulate, chain
 
 import torch
@@ -16,6 +16,7 @@ from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.infer.context import check_ids, context_length, device_of, rope_length, rotation_of
 from llamero.model.attention import Documents, Tree
+from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
 
 BATCH_TOKENS = 4096
@@ -291,12 +292,12 @@ def perplexity(
         windows: What the model sees at a time, and what of it is scored: `sliding`, or `documents`.
         batch_tokens: Tokens of a forward pass; at least one window goes into each.
     """
-    _check_windows(model, ids, windows)
+    check_windows(model, ids, windows)
     total, count = 0.0, 0
     with progress.Line("perplexity", total=len(windows), unit="windows") as line:
-        for batch in _passes(windows, batch_tokens):
+        for batch in passes(windows, batch_tokens):
             hidden = _windows_hidden(model, ids, batch)
-            nodes, targets = _predictions(ids, batch)
+            nodes, targets = predictions(ids, batch)
             found, _ = token_log_probs(model, hidden, nodes, targets)
             if found.isnan().any():
                 bad = _owner(batch, int(found.isnan().int().argmax()))
@@ -307,7 +308,7 @@ def perplexity(
     return Perplexity(total, count)
 
 
-def _passes(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+def passes(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Yield windows by forward pass."""
     batch: list[Window] = []
     for window in windows:
@@ -318,7 +319,7 @@ def _passes(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Windo
     yield batch
 
 
-def _predictions(ids: Sequence[int], batch: Sequence[Window]) -> tuple[Int[Tensor, " asked"], Int[Tensor, " asked"]]:
+def predictions(ids: Sequence[int], batch: Sequence[Window]) -> tuple[Int[Tensor, " asked"], Int[Tensor, " asked"]]:
     """Return which positions of the packed windows predict the scored tokens, and these tokens."""
     nodes, targets, offset = [], [], 0
     for w in batch:
@@ -344,7 +345,8 @@ def _windows_hidden(model: Llama, ids: Sequence[int], batch: Sequence[Window]) -
     return model.hidden(torch.tensor(flat, device=device_of(model)), rotation, Documents(tuple(lengths)))
 
 
-def _check_windows(model: Llama, ids: Sequence[int], windows: Sequence[Window]) -> None:
+def check_windows(model: Llama, ids: Sequence[int], windows: Sequence[Window]) -> None:
+    """Refuse windows that are longer than the context, ids that the model does not know, and texts without any."""
     if not windows:
         raise LlameroError(f"a text of {len(ids)} tokens has nothing to predict")
     context, longest = context_length(model.config), max(map(len, windows))
@@ -365,6 +367,86 @@ class Agreement:
     """Positions that were compared."""
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Sums over positions, beside a reference; of several stretches they are added."""
+
+    nll: float = 0.0
+    """Of negative log-likelihoods of the tokens that come next, in nats."""
+    kl: float = 0.0
+    """Of KL(reference ‖ model), in nats."""
+    same: int = 0
+    """Positions at which both have the same favourite."""
+    tokens: int = 0
+    """Positions."""
+    broken: int = 0
+    """Positions of which there is no telling, because of NaN or infinity among the logits; in no other sum."""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Tally(*(a + b for a, b in pairs))
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Return the perplexity of the positions that are not broken."""
+        return Perplexity(self.nll, self.tokens)
+
+    @property
+    def agreement(self) -> Agreement:
+        """Return the agreement over the positions that are not broken."""
+        return Agreement(self.kl / self.tokens, self.same / self.tokens, self.tokens)
+
+
+Head = Callable[[Tensor], Tensor]
+"""From normalized last hidden states (positions, dim) to logits (positions, vocab)."""
+
+
+@torch.inference_mode()
+def tally(
+    head: Head,
+    hidden: Float[Tensor, "asked dim"],
+    targets: Int[Tensor, " asked"],
+    *,
+    reference: tuple[Head, Float[Tensor, "asked other"]],
+    vocabulary: int,
+) -> Tally:
+    """Return what a model makes of the tokens that come next, beside a reference.
+
+    Logits exist for a block of positions at a time; their logarithms of softmax are float32, sums float64.
+
+    Args:
+        head: Of the model.
+        hidden: Its normalized last hidden states at the positions that predict.
+        targets: The tokens that are predicted.
+        reference: Head and hidden states of the model to stay close to.
+        vocabulary: Entries of a row of logits.
+
+    Raises:
+        LlameroError: The reference itself is broken.
+    """
+    of_reference, states = reference
+    rows, total = max(1, LOGITS // vocabulary), Tally()
+    itself = head is of_reference and hidden is states
+    for theirs, ours, next_ids in zip(states.split(rows), hidden.split(rows), targets.split(rows), strict=True):
+        p = of_reference(theirs).float().log_softmax(-1)
+        q = p if itself else head(ours).float().log_softmax(-1).to(p.device)
+        said = -q.gather(1, next_ids.to(q.device)[:, None])[:, 0]
+        apart = (p.exp() * (p - q)).sum(-1)
+        fine = said.isfinite() & apart.isfinite()
+        if not bool(fine.all()) and not bool(p.isfinite().all()):
+            raise LlameroError("NaN among the logits of the reference", fix="see whether the model itself works")
+        same = (p.argmax(-1) == q.argmax(-1)) & fine
+        whole = int(fine.sum())
+        total += Tally(
+            float(said[fine].double().sum()),
+            float(apart[fine].double().sum()),
+            int(same.sum()),
+            whole,
+            len(fine) - whole,
+        )
+    return total
+
+
 @torch.inference_mode()
 def compare(
     reference: Llama,
@@ -383,35 +465,30 @@ def compare(
         windows: What the models see at a time, and what of it is scored: `sliding`, or `documents`.
         batch_tokens: Tokens of a forward pass.
     """
-    if reference.config.vocab_size != other.config.vocab_size:
-        raise LlameroError(
-            f"vocabularies of {reference.config.vocab_size} and {other.config.vocab_size} cannot be compared"
-        )
+    vocabulary = same_vocabulary(reference.config, other.config)
     for model in (reference, other):
-        _check_windows(model, ids, windows)
-    kl, same, count = torch.zeros((), dtype=torch.float64), 0, 0
+        check_windows(model, ids, windows)
+    total = Tally()
     with progress.Line("compare", total=len(windows), unit="windows") as line:
-        for batch in _passes(windows, batch_tokens):
-            part, equal, asked = _divergence(reference, other, ids, batch)
-            if part.isnan():
+        for batch in passes(windows, batch_tokens):
+            nodes, targets = predictions(ids, batch)
+            theirs, ours = (_windows_hidden(model, ids, batch)[nodes] for model in (reference, other))
+            found = tally(other.lm_head, ours, targets, reference=(reference.lm_head, theirs), vocabulary=vocabulary)
+            if found.broken:
                 first = windows.index(batch[0])
                 raise LlameroError("NaN among the logits", where=f"windows {first} to {first + len(batch) - 1}")
-            kl, same, count = kl + part, same + equal, count + asked
+            total += found
             line.advance(len(batch))
-    return Agreement(float(kl) / count, same / count, count)
+    return total.agreement
 
 
-def _divergence(
-    reference: Llama, other: Llama, ids: Sequence[int], batch: Sequence[Window]
-) -> tuple[Float[Tensor, ""], int, int]:
-    """Return the sum of KL over scored positions, at how many the favourites agree, and how many there are."""
-    nodes, _ = _predictions(ids, batch)
-    ours, theirs = (_windows_hidden(model, ids, batch)[nodes] for model in (reference, other))
-    rows = max(1, LOGITS // reference.config.vocab_size)
-    total, same = torch.zeros((), dtype=torch.float64), 0
-    for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
-        p = reference.lm_head(a).float().log_softmax(-1)
-        q = other.lm_head(b).float().log_softmax(-1).to(p.device)
-        total += (p.exp() * (p - q)).sum(-1).double().sum().cpu()
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return total, same, len(nodes)
+def same_vocabulary(reference: LlamaConfig, other: LlamaConfig) -> int:
+    """Return the size of the vocabulary that two models share.
+
+    Raises:
+        LlameroError: They have vocabularies of different sizes.
+    """
+    ours, theirs = reference.vocab_size, other.vocab_size
+    if ours != theirs:
+        raise LlameroError(f"vocabularies of {ours} and {theirs} cannot be compared")
+    return ours

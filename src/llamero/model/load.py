@@ -52,7 +52,7 @@ def load_model(
     if layout is not None:
         make_room_for_codes(model, tensors, layout)
     fill(model, tensors, dtype=dtype, device=device, pack=pack)
-    _check_codes(model, tensors)
+    check_codes(model, tensors)
     return model.eval()
 
 
@@ -69,7 +69,7 @@ def load_block(
     with torch.device("meta"):
         block = Block(config)
     for name, _ in list(block.named_parameters()):
-        _put(block, name, tensors, f"model.layers.{number}.{name}", dtype=dtype, device=device)
+        put(block, name, tensors, f"model.layers.{number}.{name}", dtype=dtype, device=device)
     return block.eval()
 
 
@@ -90,8 +90,11 @@ def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format
             model.set_submodule(name, layer(inputs, outputs, layout=layout, bias=bias))
 
 
-def _check_codes(model: Llama, tensors: hf.Tensors) -> None:
+def check_codes(model: Llama, tensors: hf.Tensors, prefix: str = "") -> None:
+    """Refuse broken codes in the packed layers whose names begin so."""
     for name, module in model.named_modules():
+        if not name.startswith(prefix):
+            continue
         if isinstance(module, tuple(LAYERS.values())) and (problem := module.problem()):
             raise LlameroError(f"`{name}`: {problem}", where=tensors.files[f"{name}.{module.layout.marker}"])
 
@@ -107,7 +110,7 @@ def fill(
     """Give every parameter of a meta-device model its tensor; nothing may be missing or left over."""
     stored = stored_names(model, tensors)
     for name, source in progress.track(sorted(stored.items()), "load", unit="tensors"):
-        _put(model, name, tensors, source, dtype=dtype, device=device)
+        put(model, name, tensors, source, dtype=dtype, device=device)
         if pack is not None and name.startswith("model.layers."):
             _pack_if_whole(model, name.rpartition(".")[0], pack)
     model.tie()
@@ -120,7 +123,7 @@ def _pack_if_whole(model: Llama, name: str, form: str) -> None:
         model.set_submodule(name, encode(layer, form))
 
 
-def _put(
+def put(
     model: nn.Module,
     name: str,
     tensors: hf.Tensors,
