@@ -1,4 +1,4 @@
-"""The block formats of GGUF files: Q4_0, Q5_0, Q8_0 and the k-quants Q2_K … Q6_K, to bytes and back.
+"""The block formats of GGUF files: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and the k-quants Q2_K … Q6_K, to bytes and back.
 
 A k-quant cuts a row into super-blocks of 256 weights, these into 8 or 16 small groups. A group has a scale (and in
 Q2_K, Q4_K and Q5_K a minimum) of a few bits, which the super-block's float16 scales multiply. Byte layouts are those of
@@ -22,7 +22,9 @@ from llamero.checkpoint.gguf import TYPES
 SWEEPS = 3
 """How often codes and the scales of a super-block are fitted to each other."""
 
-KINDS = {name: TYPES[name] for name in ("Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")}
+_NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+KINDS = {name: TYPES[name] for name in _NAMES}
 """Every block format that is written and read here."""
 
 
@@ -56,6 +58,30 @@ def decode(data: UInt8[Tensor, "out bytes"], kind: str) -> Float[Tensor, "out d"
     """Return the matrix that some bytes stand for, in float32."""
     form = KINDS[kind]
     return _DECODERS[kind](data.reshape(-1, form.size)).view(len(data), -1)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCodes:
+    """A weight matrix in a type of GGUF, plain (F32, F16, BF16) or of blocks."""
+
+    data: Tensor
+    """Of a plain type (out, d) in its dtype, else the bytes (out, bytes) of the rows."""
+    kind: str
+    """A name of `checkpoint.gguf.TYPES`."""
+
+    def rows(self, start: int, stop: int) -> "BlockCodes":
+        """Return some of the output channels."""
+        return BlockCodes(self.data[start:stop], self.kind)
+
+    def dequantize(self) -> Float[Tensor, "out d"]:
+        """Return the weights that are meant, in float32."""
+        return decode(self.data, self.kind) if self.kind in KINDS else self.data.float()
+
+
+def round_to(w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, " d"] | None = None) -> BlockCodes:
+    """Return a matrix in a type, plain or of blocks; arguments as of `encode`."""
+    dtype = TYPES[kind].dtype
+    return BlockCodes(encode(w, kind, importance=importance) if dtype is None else w.to(dtype), kind)
 
 
 _AT_ONCE = 1 << 22
@@ -144,6 +170,60 @@ def _encode_q8_0(w: Tensor, weight: Tensor) -> Tensor:
 
 def _decode_q8_0(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * data[:, 2:].contiguous().view(torch.int8).float()
+
+
+# -- Q4_1, Q5_1: one scale and one minimum for 32 weights
+
+
+def _ranged(w: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, step and lowest value of each block, of those that fit ranges around that of its weights."""
+    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    best_step, best_low = torch.zeros_like(low), _stored(low)
+    least = torch.full_like(low, torch.inf)
+    for tried in range(-10, 21):
+        trial = (high - low) / (last + 0.1 * tried * (last / 15 if last < 15 else 1))
+        codes = ((w - low) / _safe(trial)).round().clamp(0, last)
+        step, start = (_stored(value) for value in _line(w, weight, codes))
+        codes = ((w - start) / _safe(step)).round().clamp(0, last)
+        error = (weight * (step * codes + start - w) ** 2).sum(1, keepdim=True)
+        better = (error < least) & (step > 0)
+        best_step, best_low = torch.where(better, step, best_step), torch.where(better, start, best_low)
+        least = torch.where(better, error, least)
+    codes = torch.where(best_step == 0, 0.0, ((w - best_low) / _safe(best_step)).round().clamp(0, last))
+    return codes.to(torch.uint8), best_step, best_low
+
+
+def _line(w: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return step and lowest value with which codes come nearest to the weights of their block."""
+
+    def total(values: Tensor) -> Tensor:
+        return (weight * values).sum(1, keepdim=True)
+
+    ones, c, cc, x, xc = total(torch.ones_like(w)), total(codes), total(codes * codes), total(w), total(w * codes)
+    determinant = ones * cc - c * c
+    step = torch.where(determinant <= 0, 0.0, (ones * xc - x * c) / _safe(determinant))
+    return step, (x - step * c) / _safe(ones)
+
+
+def _encode_q4_1(w: Tensor, weight: Tensor) -> Tensor:
+    codes, step, low = _ranged(w, weight, 15)
+    return torch.cat([_half(step[:, 0]), _half(low[:, 0]), codes[:, :16] | codes[:, 16:] << 4], 1)
+
+
+def _decode_q4_1(data: Tensor) -> Tensor:
+    codes = torch.cat([data[:, 4:] & 15, data[:, 4:] >> 4], 1)
+    return _unhalf(data[:, :2]) * codes.float() + _unhalf(data[:, 2:4])
+
+
+def _encode_q5_1(w: Tensor, weight: Tensor) -> Tensor:
+    codes, step, low = _ranged(w, weight, 31)
+    nibbles = (codes[:, :16] & 15) | (codes[:, 16:] & 15) << 4
+    return torch.cat([_half(step[:, 0]), _half(low[:, 0]), _bits(codes >> 4), nibbles], 1)
+
+
+def _decode_q5_1(data: Tensor) -> Tensor:
+    codes = torch.cat([data[:, 8:] & 15, data[:, 8:] >> 4], 1) | _unbits(data[:, 4:8]) << 4
+    return _unhalf(data[:, :2]) * codes.float() + _unhalf(data[:, 2:4])
 
 
 # -- groups with a scale and a minimum: Q2_K, Q4_K, Q5_K
@@ -501,7 +581,9 @@ def _decode_q3_k(data: Tensor) -> Tensor:
 
 _ENCODERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Q4_0": _encode_q4_0,
+    "Q4_1": _encode_q4_1,
     "Q5_0": _encode_q5_0,
+    "Q5_1": _encode_q5_1,
     "Q8_0": _encode_q8_0,
     "Q2_K": _encode_q2_k,
     "Q3_K": _encode_q3_k,
@@ -511,7 +593,9 @@ _ENCODERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_0": _decode_q4_0,
+    "Q4_1": _decode_q4_1,
     "Q5_0": _decode_q5_0,
+    "Q5_1": _decode_q5_1,
     "Q8_0": _decode_q8_0,
     "Q2_K": _decode_q2_k,
     "Q3_K": _decode_q3_k,
