@@ -15,13 +15,25 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from llamero.core.errors import LlameroError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 SPACE = "▁"
 """How SentencePiece writes a space."""
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""What a piece is, by SentencePiece's numbers."""
+
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+class Scored(NamedTuple):
+    """A piece of a vocabulary."""
+
+    text: str
+    score: float
+    type: int
+    """One of the numbers above."""
 
 
 class Converted(NamedTuple):
@@ -53,35 +65,60 @@ def from_sentencepiece(path: Path) -> Converted:
         raise LlameroError(
             f"not a readable SentencePiece model ({error})", where=path, fix="fetch the file again"
         ) from error
-    ids = range(processor.GetPieceSize())
-    pieces = [processor.IdToPiece(i) for i in ids]
-    normal = [
-        i
-        for i in ids
-        if not (processor.IsControl(i) or processor.IsUnknown(i) or processor.IsByte(i) or processor.IsUnused(i))
+    pieces = [
+        Scored(processor.IdToPiece(i), processor.GetScore(i), _type(processor, i))
+        for i in range(processor.GetPieceSize())
     ]
-    scores = {pieces[i]: processor.GetScore(i) for i in normal}
-    unk = pieces[processor.unk_id()]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=_merges(scores, {pieces[i]: i for i in normal}),
-            unk_token=unk,
-            fuse_unk=True,
-            byte_fallback=any(processor.IsByte(i) for i in ids),
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    control = [pieces[i] for i in ids if processor.IsControl(i) or processor.IsUnknown(i)]
-    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
 
     def name(i: int) -> str | None:
-        return pieces[i] if i >= 0 else None
+        return pieces[i].text if i >= 0 else None
 
-    return Converted(backend, name(processor.bos_id()), name(processor.eos_id()), unk, name(processor.pad_id()))
+    unk = processor.unk_id()
+    return Converted(
+        from_pieces(pieces, unk=unk),
+        name(processor.bos_id()),
+        name(processor.eos_id()),
+        pieces[unk].text,
+        name(processor.pad_id()),
+    )
+
+
+def from_pieces(pieces: Sequence[Scored], *, unk: int, dummy_space: bool = True) -> tokenizers.Tokenizer:
+    """Return the model of a vocabulary, the position of a piece being its id.
+
+    Args:
+        pieces: The vocabulary.
+        unk: Id of the piece that stands for what no other can write.
+        dummy_space: A text, and what follows a special token, begins with a space that nobody wrote.
+    """
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    scores = {piece.text: piece.score for piece in pieces if piece.type == NORMAL}
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=_merges(scores, {text: ids[text] for text in scores}),
+            unk_token=pieces[unk].text,
+            fuse_unk=True,
+            byte_fallback=any(piece.type == BYTE for piece in pieces),
+        )
+    )
+    spaces = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if dummy_space else spaces
+    read = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)] if dummy_space else read)
+    special = [piece.text for piece in pieces if piece.type in (CONTROL, UNKNOWN)]
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    return backend
+
+
+def _type(processor: sentencepiece.SentencePieceProcessor, i: int) -> int:
+    if processor.IsControl(i):
+        return CONTROL
+    if processor.IsUnknown(i):
+        return UNKNOWN
+    if processor.IsByte(i):
+        return BYTE
+    return UNUSED if processor.IsUnused(i) else NORMAL
 
 
 def _merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, str]]:
@@ -124,7 +161,7 @@ def _refuse_what_differs(path: Path) -> None:
         "removal of extra spaces": bool(_number(normalizer, 4, default=1)),
         "spaces as suffix": bool(_number(trainer, 24, default=0)),
         "user-defined symbols": any(
-            _number(dict(_fields(value)), 3, default=1) == 4
+            _number(dict(_fields(value)), 3, default=1) == USER_DEFINED
             for field, value in _fields(path.read_bytes())
             if field == 1 and isinstance(value, bytes)
         ),

@@ -25,6 +25,9 @@ LLAMA3_SPLIT = (
 )
 """What Llama 3 never merges across (meta-llama/llama3, llama/tokenizer.py)."""
 
+ONE_DIGIT_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+"""What Qwen 2 never merges across."""
+
 LLAMA3_SPECIAL = (
     "<|begin_of_text|>",
     "<|end_of_text|>",

@@ -14,7 +14,7 @@ import string
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from llamero.text.tiktoken_bpe import LLAMA3_SPLIT
+from llamero.text.tiktoken_bpe import LLAMA3_SPLIT, ONE_DIGIT_SPLIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,7 +55,6 @@ _GPT4 = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-_ONE_DIGIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # Qwen 2
 
 
 def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def _split(expression: str) -> dict[str, Any]:
 
 
 _PROVED: list[tuple[dict[str, Any], re.Pattern[str]]] = [
-    *((_sequence(_split(each), _BYTES), _SPLITS_LINES) for each in (LLAMA3_SPLIT, _GPT4, _ONE_DIGIT)),
+    *((_sequence(_split(each), _BYTES), _SPLITS_LINES) for each in (LLAMA3_SPLIT, _GPT4, ONE_DIGIT_SPLIT)),
     (_GPT2, _SPLITS_SPACES),
     (_sequence({"type": "Digits", "individual_digits": True}, _GPT2), _SPLITS_DIGITS),
 ]
