@@ -18,6 +18,7 @@ from llamero.checkpoint.gguf import (
     VERSION,
     TensorSpec,
     Value,
+    dtype_of,
     padded,
     split_name,
 )
@@ -77,8 +78,9 @@ class GgufWriter:
         if name not in self._missing:
             raise ValueError(f"tensor {name} was not announced, or came before")
         spec = self._specs[name]
-        shape = spec.shape if spec.type.dtype is not None else (*spec.shape[:-1], spec.row_bytes)
-        if tuple(tensor.shape) != shape or tensor.dtype != (spec.type.dtype or torch.uint8):
+        dtype = dtype_of(spec.type)
+        shape = spec.shape if dtype is not None else (*spec.shape[:-1], spec.row_bytes)
+        if tuple(tensor.shape) != shape or tensor.dtype != (dtype or torch.uint8):
             raise ValueError(f"announced {name} {spec}, came {tuple(tensor.shape)} {tensor.dtype}")
         file, offset = self._offsets[name]
         data = tensor.detach().cpu().contiguous()

@@ -1,11 +1,11 @@
-"""A MODEL is a directory or `owner/name[:revision]` of the hub."""
+"""A MODEL is a directory, a GGUF file, or `owner/name[:revision]` of the hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from llamero.core import files
+from llamero.core import files, gguf
 from llamero.core.errors import LlameroError
 
 _HUB = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<revision>[\w./-]+))?$")
@@ -23,21 +23,22 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*"
 
 
 def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
-    """Return the directory of a model, downloading it (resumable, with the user's own login) if it is a hub name.
+    """Return the directory of a model, or its GGUF file; a hub name is downloaded (resumable, with the user's login).
 
     Args:
-        model: Directory, or `owner/name[:revision]`.
+        model: Directory (one with nothing but a model in GGUF stands for that), GGUF file, or `owner/name[:revision]`.
         weights: Whether they are wanted; else the files of the tokenizer are enough.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    in_gguf = gguf.find(path)
+    if in_gguf is not None or path.is_dir():
+        return in_gguf or path
     found = _HUB.match(str(model))
     if path.exists() or not found or str(model).startswith((".", "/", "~")):
         raise LlameroError(
-            "no such model directory" if not path.exists() else "a model is a directory, this is a file",
+            "neither a directory nor a GGUF file" if path.exists() else "no such model directory",
             where=model,
-            fix="give a Hugging Face model directory or `owner/name[:revision]`",
+            fix="give a Hugging Face model directory, a GGUF file or `owner/name[:revision]`",
         )
     return _download(found["repo"], found["revision"], weights=weights)
 

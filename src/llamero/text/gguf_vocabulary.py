@@ -162,15 +162,15 @@ def _spm(metadata: Mapping[str, Any], tokens: _Tokens, where: object) -> FromGgu
     }
     unknown = [name for name, present in changes.items() if present]
     if unknown:
-        raise LlameroError(f"a SentencePiece model with {', '.join(unknown)}, which is not reproduced here", where=where)
+        raise LlameroError(
+            f"a SentencePiece model with {', '.join(unknown)}, which is not reproduced here", where=where
+        )
     scores = tokens.listed("scores", len(tokens.texts))
     pieces = [Scored(*each) for each in zip(tokens.texts, scores, tokens.types, strict=True)]
     unk = tokens.named("unknown", default=0)
     if unk is None:
         raise LlameroError("no token stands for what is unknown", where=where)
-    backend = from_pieces(
-        pieces, unk=tokens.texts.index(unk), dummy_space=metadata.get(f"{KEY}add_space_prefix", True)
-    )
+    backend = from_pieces(pieces, unk=tokens.texts.index(unk), dummy_space=metadata.get(f"{KEY}add_space_prefix", True))
     tokens.add_to(backend, [USER_DEFINED])
     bos, eos = tokens.named("bos", default=1), tokens.named("eos", default=2)
     return _with_conventions(metadata, tokens, FromGguf(backend, bos, eos, unk, None, bos is not None, None))

@@ -15,7 +15,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from llamero.core import gguf
 from llamero.core.errors import LlameroError
+from llamero.text.gguf_vocabulary import from_metadata
 from llamero.text.sentencepiece_bpe import from_sentencepiece, looks_like_sentencepiece
 from llamero.text.tiktoken_bpe import LLAMA3_SPECIAL, from_tiktoken, looks_like_tiktoken
 from llamero.text.tokenizer_config import TokenizerConfig, read_json
@@ -294,15 +296,19 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, or of one of its files.
+    """The tokenizer of a model directory, of one of its files, or of a model in GGUF.
 
     Args:
         path: A directory (its tokenizer.json is preferred to its tokenizer.model), or such a file; what
-            tokenizer_config.json and its companions beside the file say is heeded.
+            tokenizer_config.json and its companions beside the file say is heeded. Or a GGUF file, or a directory with
+            nothing but one: it carries its tokenizer.
 
     Raises:
         LlameroError: There is no such file, or it is none that can be read.
     """
+    in_gguf = gguf.find(Path(path))
+    if in_gguf is not None:
+        return Tokenizer(**from_metadata(gguf.read_header(in_gguf).metadata, where=in_gguf)._asdict())
     file = _find(Path(path))
     config = TokenizerConfig(file.parent)
     if file.suffix == ".json":

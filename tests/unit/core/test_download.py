@@ -37,7 +37,7 @@ def test_what_cannot_be_a_hub_name_is_a_missing_directory(name):
 
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.bin").write_text("")
-    with pytest.raises(LlameroError, match="this is a file"):
+    with pytest.raises(LlameroError, match="neither a directory nor a GGUF file"):
         resolve_model(tmp_path / "model.bin")
 
 
