@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from llamero.checkpoint.gguf import TYPES
+from llamero.checkpoint.gguf import TYPES, dtype_of
 
 SWEEPS = 3
 """How often codes and the scales of a super-block are fitted to each other."""
@@ -80,7 +80,7 @@ class BlockCodes:
 
 def round_to(w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, " d"] | None = None) -> BlockCodes:
     """Return a matrix in a type, plain or of blocks; arguments as of `encode`."""
-    dtype = TYPES[kind].dtype
+    dtype = dtype_of(TYPES[kind])
     return BlockCodes(encode(w, kind, importance=importance) if dtype is None else w.to(dtype), kind)
 
 
