@@ -22,7 +22,7 @@ from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
 from llamero.evaluate.config import EvaluateConfig
 from llamero.quantize.config import QuantizeConfig
-from llamero.recipe.fit import refuse_what_does_not_fit
+from llamero.recipe.fit import refuse_what_does_not_fit, without_misfits
 from llamero.recipe.schema import Recipe, ScratchConfig
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Outcome:
     model: Path | None
     """The model: in the release, if there is one."""
     results: Sequence[results.Result]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Default variants that the model cannot become, and why."""
 
 
 @dataclass
@@ -90,10 +92,13 @@ class Plan:
     stages: list[Stage] = field(default_factory=list)
     models: dict[str, Identity | Path] = field(default_factory=dict)
     """Every model that can be measured: an artifact, or a directory that the user has."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Default variants that the model cannot become, and why."""
 
     def __post_init__(self) -> None:
         self._digest = ContentDigests(_memory(self.out))
         self._base = self._resolve_base()
+        self.recipe, self.left_out = without_misfits(self.recipe, self._base)
         refuse_what_does_not_fit(self.recipe, self._base)
         self.tokenizer = self._plan_tokenizer()
         mixtures = self._mixtures_used() if self.datasets is None else self.datasets
@@ -453,7 +458,7 @@ def run(
         model = plan.path("final") if "final" in plan.models else None
         if release is not None:
             model = release / recipe.name
-        return Outcome(rows, release, model, plan.all_results())
+        return Outcome(rows, release, model, plan.all_results(), plan.left_out)
 
 
 def _refuse_other_processes(plan: Plan) -> None:

@@ -305,18 +305,10 @@ class ShardWriter:
             self.abandon()
 
     def _open(self, shard: int) -> BinaryIO:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in self._shards[shard]:
-            spec = self._specs[name]
-            offsets = [offset, offset + spec.nbytes]
-            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        start = _beginning({name: self._specs[name] for name in self._shards[shard]})
         file = self.paths[shard].open("wb")
         self.paths[shard].chmod(0o644)  # whatever the umask: a release is for everybody to read
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(start)
         return file
 
 
@@ -341,6 +333,25 @@ def write_tensors(
         for name, tensor in tensors:
             writer.add(name, tensor)
     return writer.paths
+
+
+def file_bytes(specs: Mapping[str, Spec], *, shard_bytes: int = SHARD_BYTES) -> list[int]:
+    """Return the size of each file that a `ShardWriter` makes of these tensors, headers included."""
+    shards = [{name: specs[name] for name in names} for names in _plan(specs, shard_bytes)]
+    return [len(_beginning(part)) + sum(spec.nbytes for spec in part.values()) for part in shards]
+
+
+def _beginning(specs: Mapping[str, Spec]) -> bytes:
+    """Return what stands in a safetensors file before its tensors: a length and the header, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        offsets = [offset, offset + spec.nbytes]
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _plan(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App
 
-from llamero.cli import convert, data, launch, plan, release, talk
+from llamero.cli import convert, data, launch, plan, quantize, release, talk
 from llamero.cli.display import err, say_error
 from llamero.core import world
 from llamero.core.errors import LlameroError
@@ -36,7 +36,7 @@ for command in (
     release.check,
     plan.plan,
     release.evaluate,
-    release.quantize,
+    quantize.quantize,
     convert.convert,
     talk.generate,
     talk.chat,

@@ -23,7 +23,7 @@ from rich.text import Text
 from llamero.core import progress, world
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from llamero.core.errors import LlameroError
     from llamero.core.results import Result
@@ -95,6 +95,7 @@ def say_outcome(outcome: Outcome) -> None:
     for row in outcome.rows:
         table.add_row(row.path.name, row.state, f"{row.seconds:.1f}" if row.state == "made" else "")
     out.print(table)
+    say_left_out(outcome.left_out)
     if outcome.results:
         say_results(outcome.results)
     if all(row.state == "kept" for row in outcome.rows):
@@ -104,6 +105,14 @@ def say_outcome(outcome: Outcome) -> None:
         out.print(f"release: [bold]{outcome.release}[/bold]", soft_wrap=True)
     if outcome.model is not None:
         out.print(f"talk to it: llamero chat {outcome.model}", soft_wrap=True)
+
+
+def say_left_out(variants: Mapping[str, str]) -> None:
+    """Say which of the default variants are not made, and why."""
+    if variants:
+        out.print(f"{len(variants)} of the default variants cannot be made of this model:", highlight=False)
+    for name, why in variants.items():
+        out.print(f"  {name}: {why}", highlight=False, soft_wrap=True)
 
 
 def say_results(found: Sequence[Result]) -> None:

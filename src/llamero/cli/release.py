@@ -1,15 +1,14 @@
-"""Commands that make a release and its parts: run, check, evaluate, quantize, watch."""
+"""Commands that make a release and its parts: run, check, evaluate, watch."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.table import Table
 
-from llamero.cli.display import Bars, out, say_outcome, say_results, say_row, size
+from llamero.cli.display import Bars, out, say_left_out, say_outcome, say_results, say_row
 from llamero.cli.options import Model, OutDir, Override, Recipe, import_uninterrupted
 from llamero.cli.scale import Scale, load
 from llamero.core import world
@@ -61,6 +60,7 @@ def check(recipe: Recipe, *, out_dir: OutDir = None, scale: Scale = None, set_: 
             table.add_row(name, identity.digest[: artifact.DIGITS], "there" if there else "to make")
     if world.rank() == 0:
         out.print(table)
+        say_left_out(plan.left_out)
 
 
 def evaluate(
@@ -131,69 +131,6 @@ def evaluate(
     say_results(found)
     if json is not None:
         write_file(json, found)
-
-
-def quantize(
-    model: Model,
-    out_dir: Annotated[Path, Parameter(help="Directory that gets one directory per variant.")],
-    *,
-    variant: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (
-        "gptq-4bit-128g-actorder_True",
-    ),
-    text: Path,
-    sequence: int = 512,
-    tokens: int = 65_536,
-    damp: float = 0.01,
-    sym: bool = True,
-) -> None:
-    """Quantize a model to one or more variants, from one look at a calibration text.
-
-    Parameters
-    ----------
-    variant
-        gptq-4bit-128g-actorder_True, rtn-4bit-128g and so on; may be given several times.
-    text
-        Calibration text (a .txt file).
-    sequence
-        Tokens of a calibration sequence.
-    tokens
-        Calibration tokens in all.
-    damp
-        Dampening, as a fraction of the mean of the Hessian's diagonal.
-    sym
-        Symmetric grids.
-    """
-    from llamero.core.config import parse
-    from llamero.core.download import resolve_model
-    from llamero.core.files import disk_errors_named
-    from llamero.quantize.config import QuantizeConfig
-
-    calibration = {"text": str(text), "sequence": sequence, "tokens": tokens}
-    keys = {"variants": variant, "calibration": calibration, "damp": damp, "sym": sym}
-    config: QuantizeConfig = parse(QuantizeConfig, keys)
-    directory = resolve_model(model)
-    taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
-    if taken:
-        raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
-    import_uninterrupted("llamero.quantize.run")
-    from llamero.quantize.run import run as make
-    from llamero.quantize.sequences import from_text
-    from llamero.text.tokenizer import load_tokenizer
-
-    partial = {name: out_dir / f"{name}.partial" for name in config.variants}
-    for path in partial.values():
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
-    with Bars(), disk_errors_named(out_dir):
-        sequences = from_text(text, load_tokenizer(directory), config.calibration)
-        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=sequences)
-    for name, path in partial.items():
-        path.rename(out_dir / name)
-    table = Table("variant", "size", "bits per weight", "error per weight")
-    for report in reports:
-        bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
-        table.add_row(report.variant.name, size(report.size_bytes), bits, error)
-    out.print(table)
-    out.print(f"written to {out_dir}")
 
 
 def watch(

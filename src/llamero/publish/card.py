@@ -11,10 +11,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llamero.checkpoint import hf
+from llamero.checkpoint.loaders import VLLM, accepting
 from llamero.core.errors import LlameroError
 from llamero.publish import markdown
 from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
-from llamero.publish.provided import VLLM, provided_files, readers
+from llamero.publish.provided import provided_files
 from llamero.publish.release import BASE, SCRATCH
 from llamero.publish.training import ancestry_table, mixtures, packing_notes, stage_table, training_notes
 from llamero.text.messages import Message
@@ -226,7 +227,7 @@ class Cards:
             symmetric=[variant.name for variant in variants if variant.sym],
             asymmetric=[variant.name for variant in variants if not variant.sym],
             first=variants[0],
-            for_vllm=next((variant for variant in variants if VLLM in readers(variant)), None),
+            for_vllm=next((variant for variant in variants if VLLM in accepting(variant)), None),
         )
 
     def _data(self, **own: Any) -> ModelCardData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llamero.checkpoint.loaders import accepting
 from llamero.publish.markdown import NOTHING, size, table
 
 if TYPE_CHECKING:
@@ -13,36 +14,6 @@ if TYPE_CHECKING:
     from llamero.publish.release import Variant
 
 _ORDERS = {"none": "No", "static": "Static", "desc": "Yes"}
-
-
-_MARLIN_GROUPS = (-1, 32, 64, 128)
-"""Group sizes that vLLM's kernels have."""
-
-
-def _vllm(variant: Variant) -> bool:
-    """Of GPTQ 4 or 8 bits, symmetric, no groups in the order of activation; of its own format all widths."""
-    if variant.group_size not in _MARLIN_GROUPS:
-        return False
-    if variant.layout != "gptq":
-        return variant.layout != "gptq_v2"
-    grouped = variant.group_size != -1
-    return variant.bits in (4, 8) and variant.sym and not (variant.actorder == "desc" and grouped)
-
-
-VLLM = "vLLM"
-
-READERS: dict[str, Callable[[Variant], bool]] = {
-    "llamero": lambda variant: True,
-    "Transformers": lambda variant: True,
-    VLLM: _vllm,
-    "ExLlamaV2": lambda variant: variant.bits == 4 and variant.layout in ("gptq", "gptq_v2"),
-}
-"""Programs that read quantized directories, and which of them each accepts."""
-
-
-def readers(variant: Variant) -> list[str]:
-    """Return the programs that accept a variant."""
-    return [name for name, accepts in READERS.items() if accepts(variant)]
 
 
 def provided_files(
@@ -64,7 +35,7 @@ def provided_files(
     header = ["Branch", "Bits", "GS", "Act Order", "Damp %", "Calibration", "Seq Len", "Size"]
     label, name, dtype, num_bytes = original
     rows = [
-        [link(v), *_how(v), size(v.size_bytes), *(p.cell(v.name, m) for _, m, p in columns), ", ".join(readers(v))]
+        [link(v), *_how(v), size(v.size_bytes), *(p.cell(v.name, m) for _, m, p in columns), ", ".join(accepting(v))]
         for v in variants
     ]
     first = [label, dtype, *[NOTHING] * 5, size(num_bytes), *(p.cell(name, m) for _, m, p in columns), NOTHING]

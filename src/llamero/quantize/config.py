@@ -36,8 +36,10 @@ class Calibration(Strict):
 class QuantizeConfig(Strict):
     """Variants of one model, all from one look at the calibration text."""
 
-    variants: tuple[str, ...] = Field(min_length=1)
-    """Names such as `gptq-4bit-128g-actorder_True`: method, bits, group size (-1: whole row), order of activation."""
+    variants: tuple[str, ...] = Field(default_factory=variants.default_set, min_length=1)
+    """Names such as `gptq-4bit-128g-actorder_True`: method, bits, group size (-1: whole row), order of activation.
+    Without it the default set: the published table, and beside each that vLLM refuses one that it takes; of these, what
+    does not divide the model's layers is left out."""
     calibration: Calibration
     """The text to look at."""
     damp: float = Field(default=0.01, gt=0, lt=1)

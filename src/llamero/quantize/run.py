@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llamero.checkpoint import hf, packed
+from llamero.checkpoint import hf, loaders, packed
 from llamero.core.errors import LlameroError
 from llamero.model.llama import Llama
 from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
@@ -20,8 +20,8 @@ from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.methods import DAMPED, METHODS
 from llamero.quantize.problem import LayerProblems, Solution, pose
-from llamero.quantize.variants import Variant
-from llamero.quantize.write import VariantWriter, check_shapes, quantized_layers
+from llamero.quantize.variants import Variant, fitting, refuse_misfits
+from llamero.quantize.write import VariantWriter, quantized_layers, widths
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class VariantReport:
             "group_size": self.variant.group_size,
             "actorder": self.variant.actorder,
             "sym": self.variant.sym,
+            "loaders": {name: asdict(verdict) for name, verdict in loaders.verdicts(self.variant).items()},
             "damp": self.damp,
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
@@ -122,7 +123,7 @@ def run(
         raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
     shape = load_config(model)
     meta, variants = empty_model(shape), config.parsed()
-    check_shapes(meta, variants)
+    refuse_misfits(variants, widths(meta), where=str(model))
     calibrate.check_tokens(tokens, shape)
     _check_places(model, [out(variant) for variant in variants])
     dtype = DTYPES[config.dtype]
@@ -142,6 +143,24 @@ def run(
             del layer  # before the next one is read, not after
         _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
         return [_finish(work, meta, model, tokens, damp=config.damp) for work in works]
+
+
+def for_model(config: QuantizeConfig, model: Path) -> tuple[QuantizeConfig, dict[str, str]]:
+    """Return a config without those of the default variants that a model cannot become, and why it cannot.
+
+    Variants that the config names are left alone: `run` refuses what cannot be made.
+
+    Args:
+        config: Variants and how to find them.
+        model: Directory of the unquantized model.
+    """
+    if "variants" in config.model_fields_set:
+        return config, {}
+    layers = widths(empty_model(load_config(model)))
+    kept, left = fitting(config.parsed(), layers)
+    if not kept:
+        refuse_misfits(config.parsed(), layers, where=str(model))
+    return config.model_copy(update={"variants": tuple(variant.name for variant in kept)}), left
 
 
 def _check_places(model: Path, places: list[Path]) -> None:

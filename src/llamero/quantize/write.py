@@ -134,22 +134,9 @@ def quantized_layers(model: Llama) -> dict[str, nn.Linear]:
     }
 
 
-def check_shapes(model: Llama, variants: tuple[Variant, ...]) -> None:
-    """Refuse group sizes that do not divide a layer's inputs, and layers that readers of the format refuse."""
-    linears = quantized_layers(model)
-    for name, layer in linears.items():
-        for variant in variants:
-            if problem := variant.format.unfit(layer.in_features, layer.out_features):
-                raise LlameroError(problem, where=f"{name}.weight")
-            if variant.group_size != -1 and layer.in_features % variant.group_size:
-                widths = {each.in_features for each in linears.values()}
-                works = [size for size in (16, 32, 64, 128, 256, 512, 1024) if not any(w % size for w in widths)]
-                raise LlameroError(
-                    f"groups of {variant.group_size} (variant `{variant.name}`) do not divide "
-                    f"its {layer.in_features} input channels",
-                    where=f"{name}.weight",
-                    fix=f"group sizes that divide every layer: {', '.join(map(str, [*works, -1]))}",
-                )
+def widths(model: Llama) -> set[tuple[int, int]]:
+    """Return input and output channels of the layers that are quantized, each pair once."""
+    return {(layer.in_features, layer.out_features) for layer in quantized_layers(model).values()}
 
 
 def carry_over(source: Path, directory: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llamero.core.errors import LlameroError
 from llamero.evaluate.config import PerplexityTask
 from llamero.parallel.layout import refuse_impossible
+from llamero.quantize.variants import fitting, refuse_misfits
 from llamero.recipe.schema import ScratchConfig
 from llamero.text.templates import TEMPLATES
 from llamero.text.tokenizer import load_tokenizer
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llamero.recipe.schema import Recipe
-
-MULTIPLE = 32
-"""Of which every width of a quantized layer is one, for readers of GPTQ (checkpoint/gptq.py)."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,11 @@ class Base:
     vocab_size: int
 
     @property
-    def widths(self) -> set[int]:
-        """Return the input channels of its linear layers."""
-        return {self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim}
+    def widths(self) -> set[tuple[int, int]]:
+        """Return input and output channels of its linear layers."""
+        hidden, inner, heads = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
+        attention = {(hidden, heads), (hidden, self.num_kv_heads * self.head_dim), (heads, hidden)}
+        return attention | {(hidden, inner), (inner, hidden)}
 
 
 def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
@@ -61,6 +61,30 @@ def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
         from llamero.data.vocabulary import refuse_unfit_tokens  # and with it all that reads data
 
         refuse_unfit_tokens(recipe.data.extra_tokens, load_tokenizer(directory))
+
+
+def without_misfits(recipe: Recipe, directory: Path | None) -> tuple[Recipe, dict[str, str]]:
+    """Return the recipe without those of the default variants that the base cannot become, and why it cannot.
+
+    Variants that the recipe names are left alone: `refuse_what_does_not_fit` speaks of them.
+
+    Args:
+        recipe: The recipe.
+        directory: Of the base; `None` if it does not exist yet.
+    """
+    base = _from_shape(recipe.base) if isinstance(recipe.base, ScratchConfig) else _from_directory(directory)
+    config = recipe.quantize
+    if base is None or config is None or "variants" in config.model_fields_set:
+        return recipe, {}
+    kept, left = fitting(config.parsed(), base.widths)
+    if not kept:
+        refuse_misfits(config.parsed(), base.widths, where="quantize.variants")
+    named = {model for task in recipe.evaluate for model in task.models} & left.keys()
+    if named:
+        name = min(named)
+        raise LlameroError(f"`{name}` cannot be made: {left[name]}", where="evaluate", fix="measure another model")
+    fewer = config.model_copy(update={"variants": tuple(variant.name for variant in kept)})
+    return recipe.model_copy(update={"quantize": fewer}), left
 
 
 def _from_shape(base: ScratchConfig) -> Base:
@@ -121,22 +145,8 @@ def _refuse_long(recipe: Recipe, base: Base) -> None:
 
 
 def _refuse_groups(recipe: Recipe, base: Base) -> None:
-    for variant in recipe.quantize.parsed() if recipe.quantize is not None else ():
-        odd = [width for width in sorted(base.widths) if variant.group_size > 0 and width % variant.group_size]
-        if odd:
-            fitting = [size for size in (128, 64, 32, 16) if all(width % size == 0 for width in base.widths)]
-            raise LlameroError(
-                f"groups of {variant.group_size} do not divide a layer's {odd[0]} input channels",
-                where=f"quantize.variants: {variant.name}",
-                fix=f"use groups of {' or '.join(map(str, fitting))}, or -1" if fitting else "use -1 (the whole row)",
-            )
-    narrow = [width for width in sorted({*base.widths, base.num_kv_heads * base.head_dim}) if width % MULTIPLE]
-    if recipe.quantize is not None and narrow:
-        raise LlameroError(
-            f"a layer has {narrow[0]} channels; readers of GPTQ need a multiple of {MULTIPLE}",
-            where="quantize",
-            fix="remove `quantize`, or start from another base",
-        )
+    if recipe.quantize is not None:
+        refuse_misfits(recipe.quantize.parsed(), base.widths, where="quantize.variants")
 
 
 def _refuse_missing_tokens(recipe: Recipe, directory: Path | None) -> None:

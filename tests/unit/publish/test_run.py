@@ -165,7 +165,7 @@ def test_variants_are_told_as_they_were_made_and_measured(quantized_card):
     link = "https://huggingface.co/someone/tiny-GPTQ/tree"
     assert row(quantized_card, f"[{VARIANT}]") == [
         f"[{VARIANT}]({link}/{VARIANT})", "4", "128", "Yes", "0.01", "talk, 65,536 tokens", "512", "35.33 GB",
-        "10.877", "0.0123", "95.10", "llamero, Transformers, ExLlamaV2",
+        "10.877", "0.0123", "95.10", "llamero, Transformers, ExLlamaV2, TGI",
     ]  # fmt: skip
     assert row(quantized_card, "[gptq-3bit")[1:4] == ["3", "row", "Yes"]
     assert row(quantized_card, "[gptq-4bit-32g")[3] == "Static"
@@ -175,7 +175,7 @@ def test_variants_are_told_as_they_were_made_and_measured(quantized_card):
 def test_rounding_has_no_calibration_and_what_was_not_measured_is_not_there(quantized_card):
     assert row(quantized_card, "[rtn-4bit-32g]")[1:] == [
         "4", "32", "–", "–", "none: rounded to nearest", "–", "35.33 GB", "–", "–", "–",
-        "llamero, Transformers, vLLM, ExLlamaV2",
+        "llamero, vLLM, Transformers, ExLlamaV2, TGI",
     ]  # fmt: skip
 
 

@@ -238,11 +238,16 @@ def test_a_variant_needs_a_place_of_its_own(model, tokens, tmp_path):
         run(config(variants=ALL[:2]), model=model, out=lambda _: tmp_path / "q", tokens=tokens)
 
 
-def test_a_group_that_does_not_divide_names_tensor_and_sizes(model, tokens, tmp_path):
-    with pytest.raises(LlameroError, match=r"groups of 96 .* do not divide its 64 input") as caught:
-        run(config(variants=("rtn-4bit-96g",)), model=model, out=lambda _: tmp_path / "q", tokens=tokens)
-    assert caught.value.where == "model.layers.0.self_attn.q_proj.weight"
-    assert caught.value.fix == "group sizes that divide every layer: 16, 32, 64, -1"
+def test_a_group_that_does_not_divide_names_variants_and_sizes(model, tokens, tmp_path):
+    names = ("rtn-4bit-96g", "rtn-4bit-32g", "rtn-4bit-128g")
+    with pytest.raises(LlameroError, match=r"`rtn-4bit-96g`: groups of 96 .* 64 input .*`rtn-4bit-128g`") as caught:
+        run(config(variants=names), model=model, out=lambda v: tmp_path / v.name, tokens=tokens)
+    assert caught.value.where == str(model)
+    assert (
+        caught.value.fix
+        == "leave them out: rtn-4bit-32g can be made; group sizes that divide every layer: 16, 32, 64, -1"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_widths_that_no_reader_takes_are_refused(tokens, tmp_path):

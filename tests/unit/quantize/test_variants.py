@@ -3,7 +3,7 @@ from pydantic import ValidationError
 
 from llamero.core.errors import LlameroError
 from llamero.quantize.config import Calibration, QuantizeConfig
-from llamero.quantize.variants import EXAMPLES, Variant, parse
+from llamero.quantize.variants import EXAMPLES, PUBLISHED, Variant, default_set, parse, sibling_for_vllm
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,8 @@ def test_examples_are_names():
 def test_a_nearly_right_name_is_corrected():
     with pytest.raises(LlameroError, match="did you mean `gptq-4bit-128g-actorder_True`"):
         parse("gptq-4bit-128g-actorder_true")
+    with pytest.raises(LlameroError, match="did you mean `gptq-8bit-256g-actorder_static-ct`"):
+        parse("gptq-8bit-256g-actorder-static-ct")
 
 
 def test_a_wholly_unknown_name_is_answered_with_examples():
@@ -57,6 +59,51 @@ def test_a_wholly_unknown_name_is_answered_with_examples():
 def test_impossible_numbers_are_refused(name, says):
     with pytest.raises(LlameroError, match=says):
         parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sibling"),
+    [
+        ("gptq-4bit--1g-actorder_True", None),
+        ("gptq-4bit-128g-actorder_static", None),
+        ("awq-4bit-128g", None),
+        ("gptq-4bit-32g-actorder_True", "gptq-4bit-32g-actorder_static"),
+        ("gptq-8bit-32g-actorder_True-v2", "gptq-8bit-32g-actorder_static"),
+        ("gptq-3bit--1g-actorder_True", "gptq-3bit--1g-actorder_static-ct"),
+        ("gptq-2bit-64g-actorder_False", "gptq-2bit-64g-actorder_False-ct"),
+        ("gptq-4bit-64g-actorder_True-asym", "gptq-4bit-64g-actorder_static-asym-ct"),
+        ("rtn-3bit-64g", "rtn-3bit-64g-ct"),
+        ("gptq-3bit-64g-actorder_True-asym", None),  # no form of it is taken
+        ("gptq-4bit-16g-actorder_True", None),
+    ],
+)
+def test_what_vllm_refuses_has_a_sibling_that_it_takes(name, sibling):
+    found = sibling_for_vllm(parse(name))
+    assert (found and found.name) == sibling
+    if found is not None:
+        assert parse(found.name) == found
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_default_set_is_the_published_table_with_siblings(sym):
+    names = default_set(sym=sym)
+    assert [name for name in names if name in PUBLISHED] == list(PUBLISHED)
+    assert names[0] == "gptq-4bit--1g-actorder_True"  # the main branch
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert parse(name, sym=sym).name == name
+    if sym:
+        assert set(names) - set(PUBLISHED) == {
+            "gptq-4bit-32g-actorder_static",
+            "gptq-4bit-64g-actorder_static",
+            "gptq-4bit-128g-actorder_static",
+            "gptq-3bit--1g-actorder_static-ct",
+            "gptq-3bit-128g-actorder_static-ct",
+        }
+
+
+def test_without_names_a_config_has_the_default_set():
+    assert QuantizeConfig(calibration=Calibration(mixture="chat")).variants == default_set()
 
 
 def test_a_config_gives_variants():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llamero.core.errors import LlameroError
-from llamero.recipe.fit import refuse_what_does_not_fit
+from llamero.recipe.fit import refuse_what_does_not_fit, without_misfits
 from llamero.recipe.load import load
 from llamero.text.tokenizer import train_bpe
 
@@ -43,19 +43,19 @@ def test_what_fits_passes(scratch):
         ("evaluate.0.window=128", "evaluate.0.window", "128 tokens are more", "lower it"),
         (
             "quantize.variants=[rtn-4bit-64g]",
-            "quantize.variants: rtn-4bit-64g",
-            "groups of 64 do not divide a layer's 32 input channels",
-            "use groups of 32 or 16, or -1",
+            "quantize.variants",
+            "variant `rtn-4bit-64g`: groups of 64 do not divide 32 input channels",
+            "group sizes that divide every layer: 16, 32, -1",
         ),
         ("parallel={gpus: 3, tensor: 3}", "parallel", "`tensor: 3` does not divide the 2 attention heads", "1, 2"),
         ("parallel={gpus: 2, pipeline: 2}", "parallel", "makes 2 pieces of 1 layers", "`pipeline:` one of 1"),
         (
             "base.shape.mlp=48",
-            "quantize",
-            "a layer has 48 channels; readers of GPTQ need a multiple of 32",
-            "another base",
+            "quantize.variants",
+            "variant `rtn-4bit-16g`: 48 channels; its readers need a multiple of 32",
+            "",
         ),
-        ("base.shape.kv_heads=1", "quantize", "a layer has 16 channels", "another base"),
+        ("base.shape.kv_heads=1", "quantize.variants", "16 channels; its readers", ""),
         ("base.shape.heads=3", "base.shape", "hidden 32 with 3 heads and 3 key/value heads", "twice the heads"),
         ("data.extra_tokens=[]", "template", "needs the tokens <|im_start|>, <|im_end|>", "add them"),
     ],
@@ -68,6 +68,29 @@ def test_what_does_not_fit_is_refused_with_its_key(scratch, override, where, pro
         refuse_what_does_not_fit(scratch(override), None)
     assert caught.value.where == where
     assert fix in str(caught.value.fix)
+
+
+def test_default_variants_that_the_base_cannot_become_are_left_out(scratch):
+    recipe = scratch("quantize={calibration: {mixture: world, sequence: 16, tokens: 64}}")
+    fewer, left = without_misfits(recipe, None)
+    assert fewer.quantize is not None
+    assert fewer.quantize.variants == (
+        "gptq-4bit--1g-actorder_True",
+        "gptq-4bit-32g-actorder_True",
+        "gptq-4bit-32g-actorder_static",
+        "gptq-3bit--1g-actorder_True",
+        "gptq-3bit--1g-actorder_static-ct",
+        "awq-4bit-32g",
+    )
+    assert left["gptq-4bit-64g-actorder_True"] == "groups of 64 do not divide 32 input channels"
+    refuse_what_does_not_fit(fewer, None)
+    named = scratch()
+    assert without_misfits(named, None) == (named, {})
+    measured = (
+        "evaluate=[{tasks: perplexity, texts: {page: page.txt}, window: 32, stride: 16, models: [awq-4bit-128g]}]"
+    )
+    with pytest.raises(LlameroError, match="`awq-4bit-128g` cannot be made"):
+        without_misfits(scratch("quantize={calibration: {mixture: world, sequence: 16, tokens: 64}}", measured), None)
 
 
 def test_a_base_on_disk_is_asked_for_its_context(scratch, tmp_path):

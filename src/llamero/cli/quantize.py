@@ -1,0 +1,232 @@
+"""The command that makes quantized variants of a model, or says how large they would be and what loads them."""
+
+from __future__ import annotations
+
+import shutil
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.table import Column, Table
+
+from llamero.checkpoint import loaders
+from llamero.cli.display import Bars, out, say_left_out, size
+from llamero.cli.options import import_uninterrupted
+from llamero.core.errors import LlameroError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llamero.model.config import LlamaConfig
+    from llamero.quantize.config import QuantizeConfig
+    from llamero.quantize.run import VariantReport
+    from llamero.quantize.sizes import Size
+    from llamero.quantize.variants import Variant
+
+Several = Parameter(consume_multiple=False, negative=())
+
+
+def quantize(
+    model: Annotated[
+        str,
+        Parameter(
+            help="Model directory, or owner/name[:revision] of the hub; for --plan also config.json or a recipe."
+        ),
+    ],
+    out_dir: Annotated[Path | None, Parameter(help="Directory that gets one directory per variant.")] = None,
+    *,
+    variant: Annotated[tuple[str, ...], Several] = (),
+    text: Path | None = None,
+    sequence: int = 512,
+    tokens: int = 65_536,
+    damp: float = 0.01,
+    refine: int = 0,
+    sym: bool = True,
+    dtype: Literal["float16", "bfloat16"] = "float16",
+    plan: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Quantize a model to any number of variants, from one look at a calibration text.
+
+    Parameters
+    ----------
+    variant
+        gptq-4bit-128g-actorder_True, awq-4bit-128g and so on; may be given several times. Without it, the table that
+        quantizers publish, and beside each variant that vLLM refuses one that it takes.
+    text
+        Calibration text (a .txt file).
+    sequence
+        Tokens of a calibration sequence.
+    tokens
+        Calibration tokens in all.
+    damp
+        Dampening, as a fraction of the mean of the Hessian's diagonal.
+    refine
+        Sweeps that fit GPTQ's codes and scales to each other once more; 1 or 2 help at 2 and 3 bits.
+    sym
+        Symmetric grids.
+    dtype
+        Of what is not quantized: embeddings, norms, head.
+    plan
+        Only say how large each variant would be and which programs load it; needs no weights and no text.
+    json
+        With --plan: print it as JSON.
+    """
+    keys: dict[str, Any] = {"damp": damp, "refine": refine, "sym": sym, "dtype": dtype}
+    if variant:
+        keys["variants"] = _known(variant, sym=sym)
+    if plan:
+        _say_plan(model, keys, as_json=json)
+        return
+    if out_dir is None or json:
+        raise LlameroError(
+            "--json is for --plan" if json else "no directory to write to is named",
+            fix="llamero quantize MODEL OUT, or llamero quantize MODEL --plan",
+        )
+    if text is None:
+        raise LlameroError("no calibration text is named", fix="--text FILE")
+    keys["calibration"] = {"text": str(text), "sequence": sequence, "tokens": tokens}
+    _make(model, out_dir, keys)
+
+
+def _known(names: Sequence[str], *, sym: bool) -> tuple[str, ...]:
+    """Return names of variants, or the nearest to the first that is none."""
+    from llamero.quantize.variants import parse
+
+    return tuple(parse(name, sym=sym).name for name in names)
+
+
+def _config(keys: dict[str, Any]) -> QuantizeConfig:
+    from llamero.core.config import parse
+    from llamero.quantize.config import QuantizeConfig
+
+    return parse(QuantizeConfig, keys)
+
+
+# -- making
+
+
+def _make(model: str, out_dir: Path, keys: dict[str, Any]) -> None:
+    from llamero.core.download import resolve_model
+    from llamero.core.files import disk_errors_named
+
+    config = _config(keys)
+    directory = resolve_model(model)
+    import_uninterrupted("llamero.quantize.run")
+    from llamero.quantize.run import for_model
+    from llamero.quantize.run import run as make
+    from llamero.quantize.sequences import from_text
+    from llamero.text.tokenizer import load_tokenizer
+
+    config, left = for_model(config, directory)
+    taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
+    if taken:
+        raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
+    partial = {name: out_dir / f"{name}.partial" for name in config.variants}
+    for path in partial.values():
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
+    with Bars(), disk_errors_named(out_dir):
+        sequences = from_text(Path(str(config.calibration.text)), load_tokenizer(directory), config.calibration)
+        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=sequences)
+    for name, path in partial.items():
+        path.rename(out_dir / name)
+    _say_reports(reports)
+    say_left_out(left)
+    out.print(f"written to {out_dir}", soft_wrap=True)
+
+
+def _say_reports(reports: Sequence[VariantReport]) -> None:
+    table = Table("variant")
+    for column in ("size", "bits per weight", "error per weight", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("loads in")
+    for report in reports:
+        bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
+        cells = [size(report.size_bytes), bits, error, f"{report.seconds:.1f}"]
+        table.add_row(report.variant.name, *cells, _loads_in(report.variant))
+    out.print(table)
+    for report in reports:
+        if report.escalated:
+            most = max(module.damp or 0.0 for module in report.escalated)
+            said = f"{len(report.escalated)} layers needed more damping than {report.damp:g}, up to {most:g}"
+            out.print(f"note: {report.variant.name}: {said}", highlight=False)
+
+
+# -- planning
+
+
+def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
+    import_uninterrupted("llamero.quantize.sizes")
+    from llamero.quantize.sizes import plan
+
+    shape, config, known_from = _shape(model, keys)
+    sizes, left = plan(shape, config)
+    if as_json:
+        said = [_to_json(found) for found in sizes]
+        out.print_json(dumps({"model": known_from, "variants": said, "left_out": left}))
+        return
+    table = Table(Column("variant", no_wrap=True), title=f"{known_from} (GB: 10⁹ bytes)")
+    for column in ("published", "ours"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("loads in")
+    for found in sizes:
+        published = "–" if found.as_published is None else size(found.as_published)
+        table.add_row(found.variant.name, published, size(found.ours), _loads_in(found.variant))
+    out.print(table)
+    out.print("published: one file, GPTQ's with a bias of zeros for each linear layer; ours have none", soft_wrap=True)
+    _say_why([found.variant for found in sizes])
+    say_left_out(left)
+
+
+def _loads_in(variant: Variant) -> str:
+    return ", ".join(name for name in loaders.accepting(variant) if name != loaders.OWN)
+
+
+def _say_why(variants: Sequence[Variant]) -> None:
+    """Say why programs refuse variants, and what they need for others."""
+    names = ", ".join(f"{each.name} {each.version}".strip() for each in loaders.LOADERS if each.name != loaders.OWN)
+    out.print(f"looked at: {names}; llamero loads all", highlight=False, soft_wrap=True)
+    for loader in loaders.LOADERS:
+        reasons: dict[str, list[str]] = {}
+        for variant in variants:
+            verdict = loader.verdict(variant)
+            if verdict.why and variant.layout in loader.rules:
+                reasons.setdefault(verdict.why if verdict.loads else f"refuses {verdict.why}", []).append(variant.name)
+        for why, names in reasons.items():
+            who = "all of them" if len(names) == len(variants) else ", ".join(names)
+            out.print(f"{loader.name} {why}: {who}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _to_json(found: Size) -> dict[str, Any]:
+    verdicts = loaders.verdicts(found.variant)
+    return {
+        "name": found.variant.name,
+        "as_published": found.as_published,
+        "ours": found.ours,
+        "loaders": {name: {"loads": each.loads, "why": each.why} for name, each in verdicts.items()},
+    }
+
+
+def _shape(model: str, keys: dict[str, Any]) -> tuple[LlamaConfig, QuantizeConfig, str]:
+    """Return the shape of a model, what it is to become, and where the shape is known from.
+
+    A model is a directory, a config.json, a recipe (whose `quantize` counts where the command says nothing), or a name.
+    """
+    from llamero.checkpoint import hf
+    from llamero.core.download import resolve_model
+    from llamero.model.config import from_hf
+    from llamero.model.load import load_config
+    from llamero.plan import base
+    from llamero.recipe.load import load
+
+    unread = {"calibration": {"text": "unread"}}
+    path = Path(model)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        recipe = load(path, ())
+        shape, known_from = base.base_config(recipe, path.parent)
+        config = recipe.quantize if recipe.quantize and "variants" not in keys else _config(unread | keys)
+        return base.trained_config(shape, recipe), config, f"{recipe.name} ({known_from})"
+    if path.suffix == ".json" and path.is_file():
+        return from_hf(hf.read_json(path), where=str(path)), _config(unread | keys), model
+    return load_config(resolve_model(model, weights=False)), _config(unread | keys), model
