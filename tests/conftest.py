@@ -16,6 +16,7 @@ install_import_hook(
         "llamero.model.rope",
         "llamero.model.llama",
         "llamero.model.linear",
+        "llamero.model.kquant_linear",
         "llamero.model.nf4",
         "llamero.model.grid",
         "llamero.model.rtn",

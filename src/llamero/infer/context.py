@@ -61,7 +61,7 @@ def rotation_of(
 
 def device_of(model: Llama) -> torch.device:
     """Return where the model lives."""
-    return model.model.embed_tokens.weight.device
+    return model.model.norm.weight.device
 
 
 def check_ids(model: Llama, ids: Sequence[int], *, where: str) -> None:

@@ -133,7 +133,7 @@ def events(
 
 
 def _run(model: Llama, waiting: deque[_Row], rows: int, step_tokens: int) -> Generator[Event, None, None]:
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight
     cache = PagedCache(model.config, dtype=weight.dtype, device=weight.device)
     running: list[_Row] = []
     while waiting or running:

@@ -150,9 +150,11 @@ class Llama(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Let the head use the embedding's weight where the config says so; needed again after loading."""
+        """Let the head use what the embedding is made of where the config says so; needed again after loading."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            table = self.model.embed_tokens
+            for name, tensor in (*table.named_parameters(recurse=False), *table.named_buffers(recurse=False)):
+                setattr(self.lm_head, name, tensor)
 
     def rotation(self, positions: Int[Tensor, " tokens"], lengths: Sequence[int]) -> Float[Tensor, "tokens half 2"]:
         """Return the rotations of tokens.

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from llamero.checkpoint import hf, packed, peft
-from llamero.core import progress
+from llamero.core import gguf, progress
 from llamero.core.errors import LlameroError
+from llamero.model import gguf_files
 from llamero.model.adapter_files import base_of, load_adapter
 from llamero.model.adapters import LoraLinear
 from llamero.model.config import LlamaConfig, from_hf
+from llamero.model.kquant_linear import make_room
 from llamero.model.linear import LAYERS, PackedLinear, encode
 from llamero.model.llama import Block, Llama
 
@@ -20,7 +22,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(directory: Path) -> LlamaConfig:
-    """Return the shape of the model in a directory."""
+    """Return the shape of the model in a directory, or in a GGUF file."""
+    in_gguf = gguf.find(directory)
+    if in_gguf is not None:
+        return gguf_files.load_config(in_gguf)
     return from_hf(hf.read_config(directory), where=str(directory / "config.json"))
 
 
@@ -33,11 +38,11 @@ def load_model(
 ) -> Llama:
     """Return the model of a directory, in evaluation mode, tensor by tensor (peak = model + one tensor).
 
-    The linear layers of a GPTQ directory stay packed and compute in the dtype of what comes in. The directory of an
-    adapter is its base with the adapter attached.
+    The linear layers of a quantized directory stay packed and compute in the dtype of what comes in, as does all of a
+    GGUF file that is made of blocks. The directory of an adapter is its base with the adapter attached.
 
     Args:
-        directory: A Hugging Face model directory, quantized (GPTQ) or not.
+        directory: A Hugging Face model directory, quantized or not, or a GGUF file.
         dtype: Dtype of the weights and, where those are packed, of the computation; `None` keeps that of the files.
         device: Where to put it.
         pack: Form to encode the linear layers of decoder blocks in as they come (`linear.encode`).
@@ -46,6 +51,9 @@ def load_model(
         model = load_model(base_of(directory), dtype=dtype, device=device, pack=pack)
         load_adapter(model, directory)
         return model.eval()
+    in_gguf = gguf.find(directory)
+    if in_gguf is not None:
+        return _load_gguf(in_gguf, dtype=dtype, device=device, pack=pack)
     model = empty_model(load_config(directory))
     layout = packed.read_format(directory)
     tensors = hf.open_tensors(directory)
@@ -53,6 +61,16 @@ def load_model(
         make_room_for_codes(model, tensors, layout)
     fill(model, tensors, dtype=dtype, device=device, pack=pack)
     check_codes(model, tensors)
+    return model.eval()
+
+
+def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: str | torch.device, pack: str | None) -> Llama:
+    """Return the model of a GGUF file; its norms and tables are of one dtype, whatever the file mixes."""
+    found = gguf_files.open_model(path)
+    model, dtype = empty_model(found.config), dtype or found.dtype
+    make_room(model, found.kinds, dtype=dtype)
+    model.tie()
+    fill(model, found.tensors, dtype=dtype, device=device, pack=pack)
     return model.eval()
 
 

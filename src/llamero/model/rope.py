@@ -233,6 +233,44 @@ class Llama3:
         }
 
 
+def llama3_of(
+    divisors: Float[Tensor, " half"], *, theta: float, head_dim: int, original_context: int
+) -> Llama3 | Default | None:
+    """Return the scaling whose frequencies are the plain ones divided by these, `None` if no Llama's are.
+
+    GGUF files hold only the divisors. The original context cannot be told from the bounds that are counted in it (twice
+    of it and twice of both bounds divide the same), so it must be given.
+
+    Args:
+        divisors: Of each frequency.
+        theta: Base of the wavelengths.
+        head_dim: Channels of a head.
+        original_context: Tokens that the model was first made for.
+    """
+    factor = float(divisors.max())
+    if factor == 1 and bool((divisors == 1).all()):
+        return Default(theta, head_dim)
+    plain = plain_frequencies(theta, head_dim)
+    for low, high in ((1.0, 4.0), _bounds(divisors.double(), factor, original_context * plain.double() / math.tau)):
+        if low < high:
+            found = Llama3(theta, head_dim, factor, original_context, low, high)
+            if torch.allclose(found.frequencies(original_context) * divisors, plain, rtol=1e-4, atol=0):
+                return found
+    return None
+
+
+def _bounds(divisors: Tensor, factor: float, turns: Tensor) -> tuple[float, float]:
+    """Return `low_freq_factor` and `high_freq_factor` from the frequencies between; (0, 0) if those are too few."""
+    between = (divisors > 1 + 1e-5) & (divisors < factor * (1 - 1e-5))
+    if between.sum() < 2:
+        return 0.0, 0.0
+    keep = ((1 / divisors - 1 / factor) / (1 - 1 / factor))[between]
+    first, last = turns[between][0], turns[between][-1]
+    slope = (keep[0] - keep[-1]) / (first - last)
+    low = first - keep[0] / slope
+    return float(low), float(low + 1 / slope)
+
+
 TYPES: dict[str, type[Default | Linear | Dynamic | Yarn | Llama3]] = {
     "default": Default,
     "linear": Linear,
