@@ -21,12 +21,12 @@ from llamero.core.files import ContentDigests
 from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
 from llamero.evaluate.config import EvaluateConfig
-from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.config import CalibrationSource, QuantizeConfig
 from llamero.recipe.fit import refuse_what_does_not_fit, without_misfits
 from llamero.recipe.schema import Recipe, ScratchConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from llamero.quantize.sequences import Drawn
 
 Builds = Mapping[str, Build]
 
@@ -169,8 +169,8 @@ class Plan:
 
     def _mixtures_used(self) -> list[str]:
         used = [stage.mixture for stage in self.recipe.train]
-        if self.recipe.quantize and self.recipe.quantize.calibration.mixture:
-            used.append(self.recipe.quantize.calibration.mixture)
+        if self.recipe.quantize:
+            used += [part.mixture for part in self._calibration_parts(self.recipe.quantize) if part.mixture is not None]
         used += [name for task in self.recipe.evaluate for name in task.mixtures]
         return list(dict.fromkeys(used))
 
@@ -271,44 +271,55 @@ class Plan:
         def make(builds: Builds) -> None:
             from llamero.quantize.run import run
 
+            drawn = self._calibration(config)
             reports = run(
                 config.model_copy(update={"variants": tuple(builds)}),
                 model=self.path("final"),
                 out=lambda variant: builds[variant.name].path,
-                tokens=self._calibration(config),
+                tokens=drawn.sequences,
             )
             for report in reports:
-                builds[report.variant.name].summary = report.to_json() | {"calibration": self._calibration_said(config)}
+                builds[report.variant.name].summary = report.to_json() | {"calibration": drawn.to_json()}
 
         self.stages.append(Stage("quantize", identities, make))
 
     def _variant(self, config: QuantizeConfig, name: str) -> Identity:
-        said = config.model_dump(mode="json", exclude={"variants": True, "calibration": {"text"}})
+        said = config.model_dump(mode="json", exclude={"variants": True, "calibration": True})
+        said["calibration"] = config.calibration.decides(self._own_mixture)
         parents = {"model": self._model_digest("final"), **self._calibration_parent(config)}
         return Identity("variant", name, {**said, "variant": name, "seed": self.recipe.seed}, parents)
 
-    def _calibration_parent(self, config: QuantizeConfig) -> dict[str, str]:
-        if config.calibration.mixture is not None:
-            return {"calibration": self.data[config.calibration.mixture].digest}
-        return {"calibration": self._content(str(config.calibration.text), "calibration text")}
+    @property
+    def _own_mixture(self) -> str | None:
+        """Return the mixture that the model was last tuned on."""
+        return self.recipe.train[-1].mixture if self.recipe.train else None
 
-    def _calibration(self, config: QuantizeConfig) -> list[Tensor]:
+    def _calibration_parts(self, config: QuantizeConfig) -> tuple[CalibrationSource, ...]:
+        return config.calibration.parts(self._own_mixture)
+
+    def _calibration_parent(self, config: QuantizeConfig) -> dict[str, str]:
+        """Return the digest of every mixture and file that is calibrated on; a hub data set is named, not digested."""
+        found: dict[str, str] = {}
+        for number, part in enumerate(self._calibration_parts(config)):
+            if part.mixture is not None:
+                found[f"calibration {number}"] = self.data[part.mixture].digest
+            elif part.path is not None:
+                found[f"calibration {number}"] = self._content(str(part.path), "calibration text")
+        return found
+
+    def _calibration(self, config: QuantizeConfig) -> Drawn:
         """Return the sequences to calibrate on."""
         from llamero.quantize import sequences
         from llamero.text.tokenizer import load_tokenizer
 
-        where = config.calibration
-        if where.mixture is not None:
-            return sequences.from_mixture(self.data[where.mixture].path(self.out), where)
-        return sequences.from_text(self.root / str(where.text), load_tokenizer(self.path("final")), where)
-
-    def _calibration_said(self, config: QuantizeConfig) -> dict[str, Any]:
-        where = config.calibration
-        return {
-            "source": where.mixture or Path(str(where.text)).name,
-            "sequence": where.sequence,
-            "tokens": where.tokens,
-        }
+        return sequences.draw(
+            config.calibration,
+            load_tokenizer(self.path("final")),
+            root=self.root,
+            template=self.recipe.template,
+            mixtures={name: identity.path(self.out) for name, identity in self.data.items()},
+            own=self._own_mixture,
+        )
 
     # -- evaluation
 

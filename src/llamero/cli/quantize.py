@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from rich.markup import escape
 from rich.table import Column, Table
 
 from llamero.checkpoint import loaders
 from llamero.cli.display import Bars, out, say_left_out, size
 from llamero.cli.options import import_uninterrupted
-from llamero.core.errors import LlameroError
+from llamero.core.errors import LlameroError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llamero.model.config import LlamaConfig
     from llamero.quantize.config import QuantizeConfig
     from llamero.quantize.run import VariantReport
+    from llamero.quantize.sequences import Drawn
     from llamero.quantize.sizes import Size
     from llamero.quantize.variants import Variant
 
@@ -37,7 +39,8 @@ def quantize(
     out_dir: Annotated[Path | None, Parameter(help="Directory that gets one directory per variant.")] = None,
     *,
     variant: Annotated[tuple[str, ...], Several] = (),
-    text: Path | None = None,
+    text: Annotated[tuple[str, ...], Several] = (),
+    template: str = "auto",
     sequence: int = 512,
     tokens: int = 65_536,
     damp: float = 0.01,
@@ -55,7 +58,11 @@ def quantize(
         gptq-4bit-128g-actorder_True, awq-4bit-128g and so on; may be given several times. Without it, the table that
         quantizers publish, and beside each variant that vLLM refuses one that it takes.
     text
-        Calibration text (a .txt file).
+        What to calibrate on: a file or directory of text or conversations (.txt, .jsonl, .json, .parquet, also packed),
+        or a published data set with its split, such as wikitext-2-v1:test; may be given several times. Without it,
+        the training text of WikiText-2, from the hub.
+    template
+        Chat template of conversations; the model's own by default.
     sequence
         Tokens of a calibration sequence.
     tokens
@@ -84,10 +91,8 @@ def quantize(
             "--json is for --plan" if json else "no directory to write to is named",
             fix="llamero quantize MODEL OUT, or llamero quantize MODEL --plan",
         )
-    if text is None:
-        raise LlameroError("no calibration text is named", fix="--text FILE")
-    keys["calibration"] = {"text": str(text), "sequence": sequence, "tokens": tokens}
-    _make(model, out_dir, keys)
+    keys["calibration"] = {"sources": [_source(said) for said in text], "sequence": sequence, "tokens": tokens}
+    _make(model, out_dir, keys, template=template)
 
 
 def _known(names: Sequence[str], *, sym: bool) -> tuple[str, ...]:
@@ -95,6 +100,20 @@ def _known(names: Sequence[str], *, sym: bool) -> tuple[str, ...]:
     from llamero.quantize.variants import parse
 
     return tuple(parse(name, sym=sym).name for name in names)
+
+
+def _source(said: str) -> dict[str, str]:
+    """Return the calibration source that somebody means: a path, or a published data set and its split."""
+    from llamero.corpus import known
+
+    path, (name, _, split) = Path(said).expanduser(), said.partition(":")
+    if path.exists() or known.lookup(name) is None:
+        if not path.exists():
+            near = did_you_mean(name, known.KNOWN)
+            fix = f"{near} or give the path of a file" if near.startswith("did you mean") else "give the path of a file"
+            raise LlameroError("no such calibration text, and no published data set of that name", where=said, fix=fix)
+        return {"path": str(path)}
+    return {"source": name, **({"split": split} if split else {})}
 
 
 def _config(keys: dict[str, Any]) -> QuantizeConfig:
@@ -107,7 +126,7 @@ def _config(keys: dict[str, Any]) -> QuantizeConfig:
 # -- making
 
 
-def _make(model: str, out_dir: Path, keys: dict[str, Any]) -> None:
+def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> None:
     from llamero.core.download import resolve_model
     from llamero.core.files import disk_errors_named
 
@@ -116,7 +135,7 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any]) -> None:
     import_uninterrupted("llamero.quantize.run")
     from llamero.quantize.run import for_model
     from llamero.quantize.run import run as make
-    from llamero.quantize.sequences import from_text
+    from llamero.quantize.sequences import draw
     from llamero.text.tokenizer import load_tokenizer
 
     config, left = for_model(config, directory)
@@ -127,25 +146,38 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any]) -> None:
     for path in partial.values():
         shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
     with Bars(), disk_errors_named(out_dir):
-        sequences = from_text(Path(str(config.calibration.text)), load_tokenizer(directory), config.calibration)
-        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=sequences)
+        drawn = draw(config.calibration, load_tokenizer(directory), root=Path(), template=template)
+        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=drawn.sequences)
     for name, path in partial.items():
         path.rename(out_dir / name)
+    _say_calibration(drawn)
     _say_reports(reports)
     say_left_out(left)
     out.print(f"written to {out_dir}", soft_wrap=True)
 
 
-def _say_reports(reports: Sequence[VariantReport]) -> None:
-    table = Table("variant")
-    for column in ("size", "bits per weight", "error per weight", "seconds"):
+def _say_calibration(drawn: Drawn) -> None:
+    """Say what was calibrated on."""
+    table = Table("calibrated on", "split", "layout")
+    for column in ("samples", "left out", "sequences", "tokens"):
         table.add_column(column, justify="right")
-    table.add_column("loads in")
+    for part in drawn.sources:
+        left_out = sum(part.left_out.values()) + part.empty
+        cells = [f"{part.samples:,}", f"{left_out:,}", f"{part.sequences:,} × {drawn.sequence:,}", f"{part.tokens:,}"]
+        table.add_row(escape(part.source), escape(part.split), part.layout, *cells)
+    out.print(table)
+
+
+def _say_reports(reports: Sequence[VariantReport]) -> None:
+    table = Table(Column("variant", no_wrap=True))
+    for column in ("size", "bits", "error", "seconds"):
+        table.add_column(column, justify="right")
     for report in reports:
         bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
         cells = [size(report.size_bytes), bits, error, f"{report.seconds:.1f}"]
-        table.add_row(report.variant.name, *cells, _loads_in(report.variant))
+        table.add_row(report.variant.name, *cells)
     out.print(table)
+    out.print("bits: of a weight of the quantized layers, scales included; error: squared, of outputs, per weight")
     for report in reports:
         if report.escalated:
             most = max(module.damp or 0.0 for module in report.escalated)
@@ -220,13 +252,12 @@ def _shape(model: str, keys: dict[str, Any]) -> tuple[LlamaConfig, QuantizeConfi
     from llamero.plan import base
     from llamero.recipe.load import load
 
-    unread = {"calibration": {"text": "unread"}}
     path = Path(model)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         recipe = load(path, ())
         shape, known_from = base.base_config(recipe, path.parent)
-        config = recipe.quantize if recipe.quantize and "variants" not in keys else _config(unread | keys)
+        config = recipe.quantize if recipe.quantize and "variants" not in keys else _config(keys)
         return base.trained_config(shape, recipe), config, f"{recipe.name} ({known_from})"
     if path.suffix == ".json" and path.is_file():
-        return from_hf(hf.read_json(path), where=str(path)), _config(unread | keys), model
-    return load_config(resolve_model(model, weights=False)), _config(unread | keys), model
+        return from_hf(hf.read_json(path), where=str(path)), _config(keys), model
+    return load_config(resolve_model(model, weights=False)), _config(keys), model

@@ -16,6 +16,7 @@ class Known:
     Args:
         layout: How its rows are read.
         hub: `owner/name` on the hub; "" where there is none and a path has to be given.
+        subset: Configuration, where it has several.
         data_files: File to read, where it has several.
         split: Splits to read, with commas between; of several, each is the language of its rows.
         language: Of all its rows, where they do not say it and it is known.
@@ -27,6 +28,7 @@ class Known:
     layout: str
     hub: str = ""
     data_files: str | None = None
+    subset: str | None = None
     split: str = "train"
     language: str = ""
     refusals: bool = False
@@ -100,6 +102,8 @@ KNOWN: dict[str, Known] = {
     "ultrachat": Known("dialogue", "stingning/ultrachat", language="en", notes="never in the loader"),
     "lima": Known("dialogue", "GAIR/lima", language="en", notes="gated; never in the loader"),
     "slimpajama": Known("text", "cerebras/SlimPajama-627B", notes="never in the loader"),
+    "wikitext_2_v1": Known("text", "Salesforce/wikitext", subset="wikitext-2-v1", notes="a row is a line"),
+    "wikitext_2_raw_v1": Known("text", "Salesforce/wikitext", subset="wikitext-2-raw-v1", notes="a row is a line"),
 }
 """To add one: a line here; `-` and `_` in names are the same."""
 

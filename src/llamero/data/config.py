@@ -74,6 +74,8 @@ class FileSource(_Source):
     """JSON, JSONL, Parquet or text file (also .gz, .zst, .tar.gz), or a directory of them, relative to the recipe."""
     hub: str | None = None
     """`owner/name` of a hub data set, read through `datasets` (`pip install llamero[data]`)."""
+    subset: str | None = None
+    """Configuration of the hub data set, where it has several."""
     data_files: str | None = None
     """File of the hub data set to read, where it has several."""
     split: str = "train"

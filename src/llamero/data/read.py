@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llamero.core.errors import LlameroError
-from llamero.corpus import layouts, oasst, rows, toy_world
+from llamero.corpus import hub, layouts, oasst, rows, toy_world
 from llamero.corpus.layouts import Layout, Options
 from llamero.corpus.refusals import Refusals
 from llamero.corpus.rows import Raw
@@ -250,25 +250,9 @@ def _toy_world(source: ToyWorldSource) -> Iterator[Parsed]:
 
 
 def _hub_rows(source: FileSource, split: str) -> Iterator[Raw]:
-    name = str(source.hub)
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise LlameroError(
-            "reading a hub data set needs the `datasets` library", where=name, fix="pip install 'llamero[data]'"
-        ) from error
-    files: dict[str, Any] = {} if source.data_files is None else {"data_files": source.data_files}
-    number = 0
-    try:
-        for number, row in enumerate(load_dataset(name, split=split, streaming=True, **files), 1):
-            yield Raw(f"{name}:{split}:row {number}", _with_split(row, source, split))
-    except (OSError, ValueError) as error:  # what the library raises for names, splits and the network
-        said = str(error).partition("\n")[0] or type(error).__name__
-        raise LlameroError(
-            f"the hub data set cannot be read: {said}",
-            where=f"{name}, split {split}, after row {number}",
-            fix="check the name and `split:`; for a gated one ask for access and `hf auth login`",
-        ) from error
+    for raw in hub.read(str(source.hub), split, subset=source.subset, data_files=source.data_files):
+        assert not isinstance(raw.data, bytes | None)
+        yield replace(raw, data=_with_split(raw.data, source, split))
 
 
 def _with_split(row: Row, source: FileSource, split: str) -> Row:

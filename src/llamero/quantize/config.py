@@ -2,34 +2,132 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from llamero.core.config import Strict
-from llamero.core.errors import LlameroError
+from llamero.core.errors import LlameroError, did_you_mean
+from llamero.corpus import known
 from llamero.quantize import variants
 
 
+class CalibrationSource(Strict):
+    """Text or conversations to calibrate on: a mixture of the recipe, files, or a data set of the hub."""
+
+    mixture: str | None = None
+    """Mixture of the recipe, tokenized; its training samples are taken."""
+    source: str = ""
+    """Name, for reports; of a published data set it is enough: `wikitext-2-v1`."""
+    path: Path | None = None
+    """Text, JSON, JSONL or Parquet file (also .gz, .zst, .tar.gz), or a directory of them, relative to the recipe."""
+    hub: str | None = None
+    """`owner/name` of a hub data set, read through `datasets` (`pip install llamero[data]`)."""
+    subset: str | None = None
+    """Configuration of the hub data set, where it has several."""
+    data_files: str | None = None
+    """File of the hub data set to read, where it has several."""
+    split: str = ""
+    """Split that the text is of, `train` of the hub by default; of files only reports say it, as their name has it by
+    default."""
+    layout: str | None = None
+    """Layout of the rows, as of a mixture's source; recognised by their keys where it is not stated."""
+    limit: int | None = Field(default=None, gt=0)
+    """Rows to read at most."""
+    share: float = Field(default=1.0, gt=0)
+    """Part of the calibration tokens, relative to the other sources."""
+
+    @property
+    def name(self) -> str:
+        """Return what reports call it; never a path of somebody's machine."""
+        return self.mixture or self.source or (self.path.name if self.path else "") or str(self.hub)
+
+    @property
+    def part(self) -> str:
+        """Return the split, as stated or as a file's name says it."""
+        if self.split:
+            return self.split
+        if self.path is None:
+            return "train"
+        words = re.split(r"[^a-z]+", self.path.name.lower())
+        return next((_SPLITS[word] for word in words if word in _SPLITS), "whole")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, said: Any) -> Any:
+        """Fill in where a published data set is."""
+        if not isinstance(said, dict) or said.get("path") or said.get("hub") or said.get("mixture"):
+            return said
+        found = known.lookup(str(said.get("source", "")))
+        if found is None:
+            return said
+        keys = ("hub", "subset", "data_files", "split", "layout")
+        return {**{key: getattr(found, key) for key in keys if getattr(found, key)}, **said}
+
+    @model_validator(mode="after")
+    def _one_place(self) -> CalibrationSource:
+        if [self.mixture, self.path, self.hub].count(None) != 2:
+            hint = did_you_mean(self.source, known.KNOWN)
+            near = f" ({hint})" if self.source and hint.startswith("did you mean") else ""
+            raise ValueError(f"give one of `mixture`, `path` and `hub`, or the `source` of a published data set{near}")
+        return self
+
+
+_SPLITS = {"train": "train", "training": "train", "test": "test", "valid": "validation", "validation": "validation",
+    "val": "validation", "dev": "validation"}  # fmt: skip
+"""Words in names of files that say which split they are."""
+
+
 class Calibration(Strict):
-    """The text that shows which inputs each layer sees."""
+    """The text that shows which inputs each layer sees: one source or several.
+
+    Where none is named, the mixture that the model was last tuned on, if there is one, and WikiText-2's training text.
+    """
 
     mixture: str | None = None
     """Mixture of the recipe to draw from; the text that the model was tuned on is the best there is."""
     text: Path | None = None
-    """A file of text to use instead of a mixture."""
+    """A file of text, or of rows in any layout that mixtures read."""
+    sources: tuple[CalibrationSource, ...] = ()
+    """Sources with a split, a layout or a share of their own, beside `mixture` and `text`."""
     sequence: int = Field(default=512, gt=1)
     """Tokens of a sequence; longer ones cost time and memory, and should not exceed the model's context."""
     tokens: int = Field(default=65_536, gt=0)
     """Tokens in all; fewer than a layer has inputs leave GPTQ guessing."""
 
+    def parts(self, own: str | None = None) -> tuple[CalibrationSource, ...]:
+        """Return all sources.
+
+        Args:
+            own: Mixture that the model was last tuned on.
+        """
+        given = [CalibrationSource(mixture=self.mixture)] if self.mixture is not None else []
+        given += [CalibrationSource(path=self.text)] if self.text is not None else []
+        given += self.sources
+        if given:
+            return tuple(given)
+        mine = [CalibrationSource(mixture=own)] if own is not None else []
+        return (*mine, CalibrationSource.model_validate({"source": "wikitext-2-raw-v1"}))
+
+    def decides(self, own: str | None = None) -> dict[str, object]:
+        """Return what decides the sequences, files left out: their contents decide, not where they lie.
+
+        Args:
+            own: As of `parts`.
+        """
+        parts = [part.model_dump(mode="json", exclude={"path"}) for part in self.parts(own)]
+        return {"sequence": self.sequence, "tokens": self.tokens, "sources": parts}
+
     @model_validator(mode="after")
-    def _one_source(self) -> Calibration:
-        if (self.mixture is None) == (self.text is None):
-            raise ValueError("give either `mixture` or `text`")
+    def _some_and_different(self) -> Calibration:
         if self.tokens < self.sequence:
             raise ValueError(f"{self.tokens} tokens are less than one sequence of {self.sequence}")
+        named = [(part.name, part.part) for part in self.parts()]
+        twice = [f"{name} ({part})" for name, part in named if named.count((name, part)) > 1]
+        if twice:
+            raise ValueError(f"two sources are called `{twice[0]}`; give each its own `source`")
         return self
 
 
@@ -40,7 +138,7 @@ class QuantizeConfig(Strict):
     """Names such as `gptq-4bit-128g-actorder_True`: method, bits, group size (-1: whole row), order of activation.
     Without it the default set: the published table, and beside each that vLLM refuses one that it takes; of these, what
     does not divide the model's layers is left out."""
-    calibration: Calibration
+    calibration: Calibration = Calibration()
     """The text to look at."""
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Added to the diagonal of the second moments, as a fraction of its mean; raised, and reported, if too little."""

@@ -19,7 +19,7 @@ from llamero.data.config import FileSource, MixtureConfig, ToyWorldSource
 from llamero.engine.stage import ProbeConfig, StageConfig
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
 from llamero.parallel.config import ParallelConfig
-from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.config import CalibrationSource, QuantizeConfig
 from llamero.recipe.schema import Recipe, ScratchConfig
 from llamero.text.templates import TEMPLATES
 from llamero.train.config import ShapeConfig
@@ -189,7 +189,7 @@ class _Tiny:
             if stage.probe is not None:
                 self._probe(own, stage.name, stage.probe)
         if recipe.quantize is not None:
-            self._quantize(keys["quantize"]["calibration"], recipe.quantize)
+            self._quantize(keys["quantize"].setdefault("calibration", {}), recipe.quantize)
         if recipe.evaluate:
             keys["evaluate"] = list(self._evaluate(keys["evaluate"]))
         if recipe.publish is not None:
@@ -288,7 +288,7 @@ class _Tiny:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{mixture}-{source.source}")
         file = ToyFile(f"{self.toys}/{name}.jsonl", layout, SAMPLES, len(self.files) + 1, languages)
         self.files.append(file)
-        for key in ("hub", "data_files", "split"):
+        for key in ("hub", "subset", "data_files", "split"):
             said.keys.pop(key, None)
         said.keys["layout"] = layout
         before = source.path or f"{source.hub} of the hub"
@@ -319,9 +319,21 @@ class _Tiny:
         said, calibration = self._part(keys, "quantize.calibration"), config.calibration
         said.most("sequence", calibration.sequence, SEQUENCE)
         said.most("tokens", calibration.tokens, CALIBRATION)
-        if calibration.text is not None and not self.here(str(calibration.text)) and self.recipe.train:
+        if not self.recipe.train:
+            return
+        own = self.recipe.train[-1].mixture
+        left = [part for part in calibration.parts(own) if part.mixture is not None or self._is_here(part)]
+        if calibration.text is not None and not self.here(str(calibration.text)):
             said.put("text", str(calibration.text), None, "it is not here")
-            said.put("mixture", None, self.recipe.train[-1].mixture)
+        missing = [part for part in calibration.sources if part not in left]
+        if missing:
+            kept = [each for each, part in zip(keys["sources"], calibration.sources, strict=True) if part in left]
+            said.put("sources", [part.name for part in missing], kept or None, "these are not here")
+        if not left or not (calibration.mixture or calibration.text or calibration.sources):
+            said.put("mixture", calibration.mixture, own, "text that is here")
+
+    def _is_here(self, source: CalibrationSource) -> bool:
+        return source.path is not None and self.here(str(source.path))
 
     def _evaluate(self, tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the tasks that can be done here."""

@@ -82,8 +82,10 @@ class Recipe(Strict):
             _known(self.base.vocabulary.mixture, mixtures, ("base", "vocabulary", "mixture"), "mixture")
             if not stages:
                 raise _wrong(("base",), "a base that does not exist yet needs a training stage", "add `train:`")
-        if self.quantize and self.quantize.calibration.mixture is not None:
-            _known(self.quantize.calibration.mixture, mixtures, ("quantize", "calibration", "mixture"), "mixture")
+        if self.quantize:
+            for part in self.quantize.calibration.parts():
+                if part.mixture is not None:
+                    _known(part.mixture, mixtures, ("quantize", "calibration", "mixture"), "mixture")
         self._measured_models_are_known(stages)
         self._validation_is_there()
         if self.publish and not self.train and (self.template != "auto" or self.data.extra_tokens):

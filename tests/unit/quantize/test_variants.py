@@ -120,8 +120,10 @@ def test_a_config_gives_variants():
         (["gptq-4bit-128g"], {"mixture": "chat"}, "gptq-4bit-128g-actorder_True, gptq-4bit-128g-actorder_static"),
         (["rtn-4bit-128g", "rtn-4bit-128g"], {"mixture": "chat"}, "listed twice"),
         ([], {"mixture": "chat"}, "at least 1"),
-        (["rtn-4bit-128g"], {}, "either `mixture` or `text`"),
-        (["rtn-4bit-128g"], {"mixture": "chat", "text": "a.txt"}, "either `mixture` or `text`"),
+        (["rtn-4bit-128g"], {"sources": [{}]}, "give one of `mixture`, `path` and `hub`"),
+        (["rtn-4bit-128g"], {"sources": [{"mixture": "chat", "path": "a.txt"}]}, "give one of"),
+        (["rtn-4bit-128g"], {"sources": [{"source": "wikitext-2-v"}]}, r"did you mean `wikitext_2_v1`"),
+        (["rtn-4bit-128g"], {"text": "a/test.txt", "sources": [{"path": "b/test.txt"}]}, r"two .* `test.txt \(test\)`"),
         (["rtn-4bit-128g"], {"mixture": "chat", "tokens": 100}, "less than one sequence"),
     ],
 )

@@ -222,6 +222,16 @@ def test_what_is_not_here_is_left_out_or_replaced():
     assert ("evaluate.0", "h4", "-") in [(change.key, change.before, change.after) for change in scaled.changes]
 
 
+def test_of_calibration_sources_those_that_are_here_stay():
+    sources = [{"path": "a.txt"}, {"path": "b.txt"}, {"mixture": "chat"}, {"source": "wikitext-2-v1"}]
+    given = recipe(quantize={"calibration": {"sources": sources}, "variants": ["rtn-4bit-128g"]})
+    scaled = keys(shrunk(given, present={"b.txt"})).quantize.calibration
+    assert [(source.path, source.mixture) for source in scaled.sources] == [("b.txt", None), (None, "chat")]
+    none = keys(shrunk(recipe(quantize={"calibration": {"sources": sources[:1]}}))).quantize.calibration
+    assert (none.mixture, none.sources) == ("chat", [])
+    assert keys(shrunk(recipe(quantize={}))).quantize.calibration.mixture == "chat"
+
+
 def test_an_adapter_of_a_later_stage_fits_the_tiny_layers():
     stages = [{"name": name, "mixture": "chat", "epochs": 1} for name in ("plain", "adapted")]
     stages[1]["adapter"] = {"lora": 128, "base": "nf4"}
