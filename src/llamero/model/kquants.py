@@ -84,8 +84,8 @@ def round_to(w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, 
     return BlockCodes(encode(w, kind, importance=importance) if dtype is None else w.to(dtype), kind)
 
 
-_AT_ONCE = 1 << 22
-"""Weights that are encoded together."""
+_AT_ONCE = 1 << 17
+"""Weights that are encoded together: what is computed of them stays in the cache of a core."""
 
 
 # -- bytes and halves

@@ -213,6 +213,13 @@ class Llama3:
     attention_scale = 1.0
     depends_on_length = False
 
+    def divisors(self) -> Float[Tensor, " half"]:
+        """Return what the plain frequencies are divided by; GGUF files hold these."""
+        turns = self.original_context / (2 * math.pi / plain_frequencies(self.theta, self.head_dim))
+        keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blended = 1 / ((1 - keep) / self.factor + keep)
+        return torch.where(keep < 0, self.factor, torch.where(keep > 1, 1.0, blended))
+
     def frequencies(self, length: int) -> Float[Tensor, " half"]:
         """Return frequencies divided by `factor` below `low_freq_factor` turns, kept above the high one."""
         plain = plain_frequencies(self.theta, self.head_dim)

@@ -30,8 +30,8 @@ class Variant:
     """A quantized model."""
 
     name: str
-    method: Literal["gptq", "rtn", "awq"]
-    layout: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
+    method: Literal["gptq", "rtn", "awq", "gguf"]
+    layout: Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
     bits: int
     group_size: int
     """Input channels that share one grid; -1 is all of a row."""

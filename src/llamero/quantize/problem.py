@@ -6,15 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llamero.checkpoint.codes import GroupCodes
 from llamero.core.errors import LlameroError
+from llamero.model.config import LlamaConfig
 from llamero.model.llama import Block
 from llamero.quantize import gptq
 from llamero.quantize.calibrate import INPUTS, Layer, Statistics
+
+
+class Codes(Protocol):
+    """A quantized weight matrix, of whatever kind."""
+
+    def rows(self, start: int, stop: int) -> Codes:
+        """Return some of the output channels."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """Return the weights (out, d) that are meant, float32."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +46,7 @@ class Problem:
     factor: Callable[[bool], gptq.Factor]
     """Factor of the second moment, in the order of activation or not; computed once for all variants."""
 
-    def parts(self, codes: GroupCodes) -> dict[str, GroupCodes]:
+    def parts(self, codes: Codes) -> dict[str, Codes]:
         """Return the codes of each layer, of codes for all of them."""
         stops = list(accumulate(self.outputs))
         bounds = zip(self.names, self.outputs, stops, strict=True)
@@ -54,6 +67,8 @@ class LayerProblems:
 
     number: int
     block: Block
+    shape: LlamaConfig
+    """Of the whole model."""
     inputs: Mapping[str, Problem]
     """By the keys of `INPUTS`."""
     refine: int = 0
@@ -77,7 +92,7 @@ class Fit:
 class Solution:
     """A decoder layer as one variant has it."""
 
-    codes: dict[str, GroupCodes] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
     """Of each linear layer, by its name within the decoder layer."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """The same names."""
@@ -87,7 +102,7 @@ class Solution:
     def add(
         self,
         problem: Problem,
-        codes: GroupCodes,
+        codes: Codes,
         *,
         times: Tensor | None = None,
         damp: float | None = None,
@@ -102,22 +117,35 @@ class Solution:
             damp: Damping that was needed.
             dead: Input channels without activity.
         """
+        self.add_parts(problem, problem.parts(codes), times=times, damp=damp, dead=dead)
+
+    def add_parts(
+        self,
+        problem: Problem,
+        parts: Mapping[str, Codes],
+        *,
+        times: Tensor | None = None,
+        damp: float | None = None,
+        dead: int = 0,
+    ) -> None:
+        """Take in codes that came layer by layer, perhaps of different kinds; arguments as of `add`."""
         weights = problem.weight.split(problem.outputs)
         factors = (problem.weight.new_ones(len(problem.weight)) if times is None else times).split(problem.outputs)
-        for (name, part), weight, factor in zip(problem.parts(codes).items(), weights, factors, strict=True):
-            if not bool(part.scales.isfinite().all()):
+        for (name, part), weight, factor in zip(parts.items(), weights, factors, strict=True):
+            moment, change = problem.statistics.second_moment, weight - part.dequantize()
+            if not bool(change.isfinite().all()):
                 problem_said = f"weights up to {weight.abs().max():g} need a scale beyond float16"
                 raise LlameroError(problem_said, where=f"{problem.prefix}{name}.weight")
-            moment, change = problem.statistics.second_moment, weight - part.dequantize()
             error, total = (squared_outputs(w * factor[:, None], moment) for w in (change, weight))
             self.codes[name], self.fits[name] = part, Fit(error, total, damp, dead)
 
 
-def pose(layer: Layer, *, damp: float, refine: int = 0) -> LayerProblems:
+def pose(layer: Layer, shape: LlamaConfig, *, damp: float, refine: int = 0) -> LayerProblems:
     """Return what is to be solved of a decoder layer.
 
     Args:
         layer: The layer and what flowed into it.
+        shape: Of the whole model.
         damp: Damping asked for.
         refine: Sweeps after GPTQ.
 
@@ -125,7 +153,7 @@ def pose(layer: Layer, *, damp: float, refine: int = 0) -> LayerProblems:
         LlameroError: If weights are not finite.
     """
     inputs = {source: _problem(layer, source, damp=damp) for source in INPUTS}
-    return LayerProblems(layer.number, layer.block, inputs, refine)
+    return LayerProblems(layer.number, layer.block, shape, inputs, refine)
 
 
 def _problem(layer: Layer, source: str, *, damp: float) -> Problem:

@@ -13,15 +13,25 @@ from torch import Tensor
 
 from llamero.checkpoint import hf, loaders, packed
 from llamero.core.errors import LlameroError
-from llamero.model.llama import Llama
+from llamero.model.config import LlamaConfig
 from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
 from llamero.quantize import calibrate
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.gguf import GgufVariantWriter
 from llamero.quantize.methods import DAMPED, METHODS
 from llamero.quantize.problem import LayerProblems, Solution, pose
-from llamero.quantize.variants import Variant, fitting, refuse_misfits
-from llamero.quantize.write import VariantWriter, quantized_layers, widths
+from llamero.quantize.variants import Layout, Variant, fitting, refuse_misfits
+from llamero.quantize.write import VariantWriter, Writer, widths
+
+WRITERS: dict[Layout, Callable[..., Writer]] = {
+    "gptq": VariantWriter,
+    "gptq_v2": VariantWriter,
+    "awq": VariantWriter,
+    "compressed-tensors": VariantWriter,
+    "gguf": GgufVariantWriter,
+}
+"""What writes each layout; arguments are those of `VariantWriter`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class VariantReport:
     """Calibration tokens."""
     sequences: int
     modules: tuple[ModuleReport, ...]
+    notes: tuple[str, ...]
+    """What was done otherwise than the variant's name says, such as layers in another type."""
     seconds: float = field(compare=False)
     """Solving, packing and writing, without the walk that variants share; differs from run to run."""
 
@@ -80,6 +92,7 @@ class VariantReport:
             "tokens": self.tokens,
             "sequences": self.sequences,
             "error_per_weight": self.error_per_weight,
+            "notes": list(self.notes),
             "modules": [asdict(module) for module in self.modules],
         }
 
@@ -92,7 +105,7 @@ class VariantReport:
 class _Work:
     """One variant in progress."""
 
-    def __init__(self, variant: Variant, writer: VariantWriter) -> None:
+    def __init__(self, variant: Variant, writer: Writer) -> None:
         self.variant, self.writer = variant, writer
         self.modules: list[ModuleReport] = []
         self.seconds = 0.0
@@ -105,7 +118,7 @@ def run(
     out: Callable[[Variant], Path],
     tokens: Sequence[Int[Tensor, " time"]],
     device: str | torch.device = "cpu",
-    shard_bytes: int = hf.SHARD_BYTES,
+    shard_bytes: int | None = None,
 ) -> list[VariantReport]:
     """Write every variant of a model and return what became of each.
 
@@ -117,7 +130,7 @@ def run(
         out: Says in which directory a variant goes.
         tokens: Calibration text as sequences of token ids.
         device: Where to compute.
-        shard_bytes: Largest file of weights.
+        shard_bytes: Largest file of weights; each layout has a custom of its own.
     """
     if packed.read_format(model) is not None:
         raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
@@ -132,17 +145,17 @@ def run(
     with ExitStack() as stack:
         works = []
         for variant in variants:
-            works.append(
-                _Work(variant, VariantWriter(out(variant), meta, variant, dtype=dtype, shard_bytes=shard_bytes))
-            )
+            write = WRITERS[variant.layout]
+            writer = write(out(variant), meta, variant, source=model, dtype=dtype, shard_bytes=shard_bytes)
+            works.append(_Work(variant, writer))
             stack.callback(works[-1].writer.abandon)
         outside = [name for name in stored if not name.startswith("model.layers.")]
         _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
         for layer in calibrate.stream(model, shape, tokens, device=device):
-            _solve_layer(layer, works, config)
+            _solve_layer(layer, shape, works, config)
             del layer  # before the next one is read, not after
         _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
-        return [_finish(work, meta, model, tokens, damp=config.damp) for work in works]
+        return [_finish(work, tokens, damp=config.damp) for work in works]
 
 
 def for_model(config: QuantizeConfig, model: Path) -> tuple[QuantizeConfig, dict[str, str]]:
@@ -179,9 +192,9 @@ def _copy(works: list[_Work], names: dict[str, str], tensors: hf.Tensors) -> Non
 
 
 @torch.no_grad()
-def _solve_layer(layer: Layer, works: list[_Work], config: QuantizeConfig) -> None:
+def _solve_layer(layer: Layer, shape: LlamaConfig, works: list[_Work], config: QuantizeConfig) -> None:
     """Quantize a decoder layer once for every variant and write it."""
-    problems = pose(layer, damp=config.damp, refine=config.refine)
+    problems = pose(layer, shape, damp=config.damp, refine=config.refine)
     for name, method in METHODS.items():
         mine = [work for work in works if work.variant.method == name]
         solutions = method(problems, [work.variant for work in mine])
@@ -206,27 +219,19 @@ def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleRepo
             )
 
 
-def _finish(work: _Work, meta: Llama, model: Path, tokens: Sequence[Tensor], *, damp: float) -> VariantReport:
+def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float) -> VariantReport:
     asked = damp if work.variant.method in DAMPED else None
     started = time.perf_counter()
-    size = work.writer.finish(model, damp=asked)
+    size = work.writer.finish(damp=asked)
     return VariantReport(
         variant=work.variant,
         path=work.writer.directory,
         damp=asked,
         size_bytes=size,
-        bits_per_weight=_bits_per_weight(work.variant, meta),
+        bits_per_weight=work.writer.bits_per_weight,
         tokens=sum(len(ids) for ids in tokens),
         sequences=len(tokens),
         modules=tuple(work.modules),
+        notes=work.writer.notes,
         seconds=work.seconds + time.perf_counter() - started,
     )
-
-
-def _bits_per_weight(variant: Variant, meta: Llama) -> float:
-    weights = stored = 0
-    for layer in quantized_layers(meta).values():
-        parts = variant.format.specs(layer.in_features, layer.out_features)
-        weights += layer.in_features * layer.out_features
-        stored += 8 * sum(spec.nbytes for spec in parts.values())
-    return stored / weights

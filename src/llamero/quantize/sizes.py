@@ -13,6 +13,7 @@ from llamero.checkpoint import hf
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
 from llamero.model.load import DTYPES, empty_model
+from llamero.quantize import gguf_sizes
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.variants import Variant, fitting, refuse_misfits
 from llamero.quantize.write import quantized_layers, tensor_specs, widths
@@ -23,7 +24,7 @@ AWQ_SHARD_BYTES = 10_000_000_000
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a variant's weights, headers included."""
+    """Bytes of a variant's weights, headers included; of a GGUF file the tokenizer comes on top."""
 
     variant: Variant
     ours: int
@@ -45,7 +46,13 @@ def plan(shape: LlamaConfig, config: QuantizeConfig) -> tuple[list[Size], dict[s
     kept, left = fitting(config.parsed(), widths(model))
     if left and ("variants" in config.model_fields_set or not kept):
         refuse_misfits(config.parsed(), widths(model), where="variants")
-    return [size(model, variant, dtype=DTYPES[config.dtype]) for variant in kept], left
+    found = []
+    for variant in kept:
+        if variant.layout == "gguf":
+            found.append(Size(variant, gguf_sizes.size(shape, variant.mix), None))
+        else:
+            found.append(size(model, variant, dtype=DTYPES[config.dtype]))
+    return found, left
 
 
 def size(model: Llama, variant: Variant, *, dtype: torch.dtype, shard_bytes: int = hf.SHARD_BYTES) -> Size:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from llamero.checkpoint import loaders
 from llamero.core.errors import LlameroError, did_you_mean
+from llamero.quantize.gguf_mix import MIXES
 
 if TYPE_CHECKING:
     from llamero.checkpoint.codes import Actorder
     from llamero.checkpoint.packed import Format
 
-Method = Literal["gptq", "rtn", "awq"]
+Method = Literal["gptq", "rtn", "awq", "gguf"]
 
-Layout = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
+Layout = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
 """How the files are laid out."""
 
 BITS: dict[Layout, tuple[int, ...]] = {
@@ -24,6 +25,7 @@ BITS: dict[Layout, tuple[int, ...]] = {
     "gptq_v2": (2, 3, 4, 8),
     "awq": (4,),
     "compressed-tensors": (2, 3, 4, 5, 6, 7, 8),
+    "gguf": (2, 3, 4, 5, 6, 8, 16),
 }
 """Widths of a code that readers of each layout know."""
 
@@ -66,6 +68,7 @@ EXAMPLES = (
     "gptq-4bit-128g-actorder_True-v2",
     "awq-4bit-128g",
     "rtn-4bit-128g",
+    "gguf-Q4_K_M",
 )
 
 
@@ -82,12 +85,16 @@ class Variant:
     sym: bool = True
     """Zero in the middle of every grid."""
     layout: Layout = "gptq"
+    mix: str = ""
+    """Of a GGUF file: which tensor has which type, a name of `gguf_mix.MIXES`."""
 
     @property
     def format(self) -> Format:
-        """Return how its layers are stored."""
+        """Return how its layers are stored; in a GGUF file each in a way of its own."""
         from llamero.checkpoint import awq, compressed_tensors, gptq
 
+        if self.layout == "gguf":
+            raise ValueError(f"{self.name}: the layers of a GGUF file are of different types")
         if self.layout == "awq":
             return awq.Format(self.group_size)
         if self.layout == "compressed-tensors":
@@ -104,9 +111,11 @@ def parse(name: str, *, sym: bool = True) -> Variant:
 
     Args:
         name: `<method>-<bits>bit-<group>g`, for `gptq` followed by `-actorder_<True|static|False>`, then `-asym` for
-            asymmetric grids, then `-v2` or `-ct` for another layout than the method's own.
+            asymmetric grids, then `-v2` or `-ct` for another layout than the method's own; or `gguf-<mix>`.
         sym: Whether grids are symmetric where the name does not say it; those of AWQ never are.
     """
+    if name.startswith("gguf-"):
+        return _gguf(name)
     found = _NAME.fullmatch(name)
     if found is None or (found["method"] == "gptq") != (found["order"] is not None):
         like = [example for example in EXAMPLES if example.startswith(name)]
@@ -125,6 +134,13 @@ def parse(name: str, *, sym: bool = True) -> Variant:
     )
     _refuse_impossible(made)
     return made
+
+
+def _gguf(name: str) -> Variant:
+    mix = name.removeprefix("gguf-")
+    if mix not in MIXES:
+        raise LlameroError(f"unknown variant `{name}`", fix=did_you_mean(name, [f"gguf-{mix}" for mix in MIXES]))
+    return Variant(name, "gguf", MIXES[mix].bits, -1, layout="gguf", mix=mix)
 
 
 def _near(name: str) -> list[str]:

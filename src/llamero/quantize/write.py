@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,32 @@ CARRIED = (
 """Files that belong to the model and do not change when it is quantized."""
 
 
+class Writer(Protocol):
+    """Writes one variant; the decoder layers come in their order, what is outside of them before or after."""
+
+    directory: Path
+    bits_per_weight: float
+    """Of the linear layers of the decoder layers, scales and all included."""
+    notes: tuple[str, ...]
+    """What was done otherwise than the variant's name says, for the report."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor from outside of the decoder layers, by its name in the model."""
+        ...
+
+    def add_layer(self, number: int, block: Block, solution: Solution) -> None:
+        """Write a decoder layer, given as it was and as it became."""
+        ...
+
+    def finish(self, *, damp: float | None) -> int:
+        """Write what stands beside the weights, given the damping asked for, and return their size in bytes."""
+        ...
+
+    def abandon(self) -> None:
+        """Close the file that is open; what is there is recognised as unfinished."""
+        ...
+
+
 class VariantWriter:
     """Writes one quantized directory; tensors come in the order in which the model names them.
 
@@ -43,15 +70,27 @@ class VariantWriter:
         directory: Where to; made if need be.
         model: The unquantized model, on the meta device.
         variant: What it becomes.
+        source: Directory of the unquantized model.
         dtype: Dtype of what is not quantized.
         shard_bytes: Largest file of weights.
     """
 
+    notes: tuple[str, ...] = ()
+
     def __init__(
-        self, directory: Path, model: Llama, variant: Variant, *, dtype: torch.dtype, shard_bytes: int = hf.SHARD_BYTES
+        self,
+        directory: Path,
+        model: Llama,
+        variant: Variant,
+        *,
+        source: Path,
+        dtype: torch.dtype,
+        shard_bytes: int | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
+        self.directory, self._source = directory, source
+        self.bits_per_weight = _bits_per_weight(variant, model)
+        shard_bytes = hf.SHARD_BYTES if shard_bytes is None else shard_bytes
         self._variant, self._dtype = variant, dtype
         self._shards = hf.ShardWriter(directory, tensor_specs(model, variant, dtype), shard_bytes=shard_bytes)
 
@@ -83,18 +122,21 @@ class VariantWriter:
             else:
                 self.add(prefix + name, solution.changed.get(name, parameter))
 
-    def finish(self, source: Path, *, damp: float | None) -> int:
+    def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights, config.json last, and return the size of the weights in bytes.
 
         Args:
-            source: Directory of the unquantized model.
             damp: Damping asked for, `None` if the method knows none.
         """
         self._shards.close()
-        carry_over(source, self.directory)
+        carry_over(self._source, self.directory)
         variant = self._variant
         quantization = variant.format.config(sym=variant.sym, actorder=variant.actorder, damp=damp)
-        config = {**hf.read_config(source), "torch_dtype": _name(self._dtype), "quantization_config": quantization}
+        config = {
+            **hf.read_config(self._source),
+            "torch_dtype": _name(self._dtype),
+            "quantization_config": quantization,
+        }
         config.pop("_name_or_path", None)  # often a path on the machine of its maker
         if "dtype" in config:
             config["dtype"] = _name(self._dtype)
@@ -123,6 +165,15 @@ def tensor_specs(model: Llama, variant: Variant, dtype: torch.dtype) -> dict[str
         else:
             specs[name] = hf.Spec(tuple(parameter.shape), dtype)
     return specs
+
+
+def _bits_per_weight(variant: Variant, meta: Llama) -> float:
+    weights = stored = 0
+    for layer in quantized_layers(meta).values():
+        parts = variant.format.specs(layer.in_features, layer.out_features)
+        weights += layer.in_features * layer.out_features
+        stored += 8 * sum(spec.nbytes for spec in parts.values())
+    return stored / weights
 
 
 def quantized_layers(model: Llama) -> dict[str, nn.Linear]:

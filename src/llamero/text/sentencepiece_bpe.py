@@ -58,13 +58,7 @@ def from_sentencepiece(path: Path) -> Converted:
         LlameroError: The file is damaged, is no BPE model, or uses what this conversion does not reproduce.
     """
     _refuse_what_differs(path)
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(path.read_bytes())
-    except RuntimeError as error:
-        raise LlameroError(
-            f"not a readable SentencePiece model ({error})", where=path, fix="fetch the file again"
-        ) from error
+    processor = _load(path)
     pieces = [
         Scored(processor.IdToPiece(i), processor.GetScore(i), _type(processor, i))
         for i in range(processor.GetPieceSize())
@@ -81,6 +75,23 @@ def from_sentencepiece(path: Path) -> Converted:
         pieces[unk].text,
         name(processor.pad_id()),
     )
+
+
+def scores_of(path: Path) -> dict[str, float]:
+    """Return the score of every piece of a SentencePiece model, by its text."""
+    processor = _load(path)
+    return {processor.IdToPiece(i): processor.GetScore(i) for i in range(processor.GetPieceSize())}
+
+
+def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError as error:
+        raise LlameroError(
+            f"not a readable SentencePiece model ({error})", where=path, fix="fetch the file again"
+        ) from error
+    return processor
 
 
 def from_pieces(pieces: Sequence[Scored], *, unk: int, dummy_space: bool = True) -> tokenizers.Tokenizer:

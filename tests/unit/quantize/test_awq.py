@@ -54,7 +54,7 @@ def posed(config, block, x):
     for hook in hooks:
         hook.remove()
     statistics = {name: Statistics(v.T @ v, v.abs().mean(0), len(v)) for name, v in seen.items()}
-    return pose(Layer(0, block, statistics), damp=0.01)
+    return pose(Layer(0, block, statistics), config, damp=0.01)
 
 
 @pytest.mark.parametrize(("kv_heads", "bias"), [(4, False), (2, False), (4, True)])

@@ -40,7 +40,7 @@ def test_a_nearly_right_name_is_corrected():
 
 
 def test_a_wholly_unknown_name_is_answered_with_examples():
-    with pytest.raises(LlameroError, match="one of: awq-4bit-128g, gptq-3bit-128g-actorder_True, "):
+    with pytest.raises(LlameroError, match="one of: awq-4bit-128g, gguf-Q4_K_M, gptq-3bit-128g-actorder_True, "):
         parse("Q5")
 
 
