@@ -26,7 +26,8 @@ def load_model(
     """Return a model as a torch module: int64 ids [batch, time] → logits [batch, time, vocabulary].
 
     Args:
-        path: Hugging Face model directory (plain, GPTQ, PEFT's of an adapter), or `owner/name[:revision]` of the hub.
+        path: Hugging Face model directory (plain, quantized, PEFT's of an adapter), GGUF file, or
+            `owner/name[:revision]` of the hub.
         dtype: Dtype of weights and products; that of the files by default.
         device: Where to put it.
 
@@ -44,7 +45,7 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Return the tokenizer of a model directory, of a `tokenizer.json` or `tokenizer.model`, or of a hub model."""
+    """Return the tokenizer of a model: of its directory, `tokenizer.json`, `tokenizer.model`, GGUF file or hub name."""
     from llamero.core.download import resolve_model
     from llamero.text.tokenizer import load_tokenizer as load
 

@@ -125,7 +125,7 @@ class Plan:
         if isinstance(self.recipe.base, ScratchConfig):
             return None
         local = self.root / self.recipe.base
-        return local if local.is_dir() else resolve_model(self.recipe.base, weights=self.datasets is None)
+        return resolve_model(local if local.exists() else self.recipe.base, weights=self.datasets is None)
 
     @property
     def _base_is_on_the_hub(self) -> bool:

@@ -1,7 +1,10 @@
-"""Names of a Llama's tensors in GGUF files, and the order in which their rows stand there."""
+"""Names of a Llama's tensors and settings in GGUF files, and the order in which rows stand there."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from llamero.checkpoint.meta import halves_from_pairs, pairs_from_halves
@@ -32,10 +35,34 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")
 """Modules whose rows are in another order: pairs of channels that turn together are neighbours, as in Meta's files."""
 
+SAMPLING = {
+    "temperature": ("temp", "float32"),
+    "top_k": ("top_k", "int32"),
+    "top_p": ("top_p", "float32"),
+    "min_p": ("min_p", "float32"),
+    "repetition_penalty": ("penalty_repeat", "float32"),
+}
+"""Keys of generation_config.json, and how GGUF calls and stores them (`general.sampling.…`)."""
+
 _OUR_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<module>.+)")
 _THEIR_LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)")
 _INSIDE_BACK = {theirs: ours for ours, theirs in INSIDE.items()}
 _OUTSIDE_BACK = {theirs: ours for ours, theirs in OUTSIDE.items()}
+
+
+def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a generation_config.json would say: tokens that end a text, and how its authors sample the model."""
+    ends = [metadata.get(f"tokenizer.ggml.{part}_token_id") for part in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(id for id in ends if id is not None))
+    said = {key: metadata.get(f"general.sampling.{theirs}") for key, (theirs, _) in SAMPLING.items()}
+    sampling = {key: as_written(value) for key, value in said.items() if value is not None}
+    stop = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
+    return {**stop, **({"do_sample": True, **sampling} if sampling else {})}
+
+
+def as_written(value: Any) -> Any:
+    """Return a value of the metadata; a float32 as the shortest number that rounds to it, as people wrote it."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def to_gguf(name: str) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llamero.core import gguf
 from llamero.core.errors import LlameroError
 
 DTYPES = {
@@ -105,6 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return config.json."""
+    _refuse_gguf(directory)
     if not (directory / "config.json").exists():
         raise LlameroError(
             "not a model directory: it has no config.json",
@@ -114,8 +116,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(directory / "config.json")
 
 
+def _refuse_gguf(directory: Path) -> None:
+    found = gguf.find(directory)
+    if found is not None:
+        raise LlameroError(
+            "a model in GGUF, where a Hugging Face directory is needed",
+            where=found,
+            fix=f"llamero convert {found} DIRECTORY --to hf",
+        )
+
+
 def open_tensors(directory: Path) -> Tensors:
     """Return the tensors of a directory, from the first kind of file in `CONTAINERS` that it has."""
+    _refuse_gguf(directory)
     for container in CONTAINERS:
         index = directory / container.index_name
         if index.exists():

@@ -25,7 +25,7 @@ def convert(
     rope_factor: float | None = None,
     verify: bool = False,
 ) -> None:
-    """Convert a model between Hugging Face, Meta and Megatron directories, a tensor at a time.
+    """Convert a model between Hugging Face, Meta and Megatron directories, or from GGUF, a tensor at a time.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from llamero.core.interrupt import Deferred
 
 Override = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False, negative=())]
 Recipe = Annotated[Path, Parameter(help="YAML file that describes the release.")]
-Model = Annotated[str, Parameter(help="Model directory, or owner/name[:revision] of the hub.")]
+Model = Annotated[str, Parameter(help="Model directory, GGUF file, or owner/name[:revision] of the hub.")]
 OutDir = Annotated[Path | None, Parameter(name="--out")]
 
 

@@ -3,14 +3,19 @@
 import base64
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamero.convert.config import KindName
+from llamero.checkpoint.gguf_names import generation_config
+from llamero.convert.config import Target
+from llamero.core import files as core_files
+from llamero.core import gguf
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.rope import Llama3
+from llamero.text.gguf_vocabulary import KIND
 from llamero.text.tiktoken_bpe import LLAMA3_SPECIAL, LLAMA3_SPLIT, from_tiktoken, looks_like_tiktoken
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,16 +52,21 @@ class Companions:
 
     files: tuple[Path, ...]
     tokenizer: Tokenizer | None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """What a GGUF file says of sampling, as generation_config.json has it."""
 
 
 def find(directory: Path, config: LlamaConfig, *, also: Path | None = None) -> Companions:
     """Return the companions of a model.
 
     Args:
-        directory: Where it is.
+        directory: Where it is; a GGUF file holds its own.
         config: What it is.
         also: Where to look for a tokenizer.model if it is not there; Meta's releases share one among their models.
     """
+    if gguf.find(directory) is not None:
+        said = gguf.read_header(directory).metadata
+        return Companions((), load_tokenizer(directory) if KIND in said else None, generation_config(said))
     files = [path for pattern in CARRIED for path in sorted(directory.glob(pattern))]
     names = {path.name for path in files}
     shared = None if also is None else also / "tokenizer.model"
@@ -81,10 +91,12 @@ def _is_tiktoken(path: Path) -> bool:
         return looks_like_tiktoken(file.read(4096))
 
 
-def write(found: Companions, directory: Path, to: KindName, config: LlamaConfig) -> list[str]:
+def write(found: Companions, directory: Path, to: Target, config: LlamaConfig) -> list[str]:
     """Write the companions of a model and return what the user should know of them."""
     for path in found.files:
         shutil.copyfile(path, directory / path.name)
+    if found.generation and to == "hf":
+        core_files.write_json(directory / "generation_config.json", found.generation)
     tokenizer = found.tokenizer
     if tokenizer is None:
         return ["there is no tokenizer in the source: none was written"]
@@ -94,7 +106,7 @@ def write(found: Companions, directory: Path, to: KindName, config: LlamaConfig)
     names = {path.name for path in found.files}
     if to == "hf" and not names & {"tokenizer.json", "tokenizer_config.json"}:
         tokenizer.save(directory, model_max_length=config.max_position_embeddings)
-        notes.append("tokenizer.json was made from tokenizer.model")
+        notes.append(f"tokenizer.json was made from {'tokenizer.model' if found.files else 'what the GGUF file says'}")
         if tokenizer.chat_template is None:
             notes.append("nothing names a chat template")
     if to != "hf" and "tokenizer.model" not in names:

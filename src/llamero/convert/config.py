@@ -8,13 +8,16 @@ from pydantic import Field, model_validator
 
 from llamero.core.config import Strict
 
-KindName = Literal["hf", "meta", "megatron"]
+Target = Literal["hf", "meta", "megatron"]
+"""What can be written."""
+KindName = Literal[Target, "gguf"]
+"""What can be read; GGUF is written by `llamero quantize`."""
 
 
 class ConvertConfig(Strict):
     """What the command line says."""
 
-    to: KindName
+    to: Target
     """`hf`: a Hugging Face directory, `meta`: Meta's consolidated.*.pth, `megatron`: a Megatron release checkpoint."""
     tensor: int = Field(default=1, ge=1)
     """Tensor ranks of a Megatron checkpoint."""

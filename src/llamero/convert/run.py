@@ -13,11 +13,12 @@ import torch
 from llamero.checkpoint import hf
 from llamero.checkpoint.megatron import is_megatron
 from llamero.checkpoint.meta import is_meta
-from llamero.convert import companions, megatron, meta, verify
+from llamero.convert import companions, gguf, megatron, meta, verify
 from llamero.convert.config import ConvertConfig, KindName
 from llamero.convert.model import Model, counting, open_hf, reshaped, track
 from llamero.core import files
 from llamero.core.errors import LlameroError
+from llamero.core.gguf import find as find_gguf
 from llamero.model.load import DTYPES, EMBEDDING, write_config
 
 
@@ -36,15 +37,17 @@ class Kind(NamedTuple):
 
     recognise: Callable[[Path], bool]
     open: Callable[[Path, ConvertConfig], Model]
-    write: Callable[[Model, Path, ConvertConfig], None]
+    write: Callable[[Model, Path, ConvertConfig], None] | None
+    """Nothing where it is only read."""
 
 
 KINDS: dict[KindName, Kind] = {
     "hf": Kind(_is_hf, lambda directory, options: open_hf(directory), _write_hf),
     "meta": Kind(is_meta, meta.open_model, meta.write_model),
     "megatron": Kind(is_megatron, megatron.open_model, megatron.write_model),
+    "gguf": Kind(lambda path: find_gguf(path) is not None, gguf.open_gguf_model, None),
 }
-"""Every kind there is. To add one (GGUF): a file that reads and writes it, a line here, one in `verify.SIDES`, and its
+"""Every kind there is. To add one: a file that reads and writes it, a line here, one in `verify.SIDES`, and its
 name in `KindName`."""
 
 
@@ -64,14 +67,14 @@ class Report:
 
 
 def kind_of(directory: Path) -> KindName:
-    """Return what kind of model a directory holds."""
+    """Return what kind of model a directory, or a file, holds."""
     found: list[KindName] = [name for name, kind in KINDS.items() if kind.recognise(directory)]
     if len(found) != 1:
         raise LlameroError(
             f"holds several kinds of weights: {', '.join(found)}" if found else "holds no weights that are known here",
             where=directory,
             fix="give a directory with config.json and *.safetensors, with params.json and consolidated.*.pth, or with "
-            "latest_checkpointed_iteration.txt",
+            "latest_checkpointed_iteration.txt, or a GGUF file",
         )
     return found[0]
 
@@ -82,13 +85,15 @@ def run(source: Path, out: Path, options: ConvertConfig) -> Report:
     The output is made in `OUT.partial` and gets its name when it is whole and, if that was asked for, verified.
 
     Args:
-        source: Directory of a model.
+        source: Directory of a model, or a GGUF file.
         out: Where to; must not be there.
         options: How.
     """
     if out.exists():
         raise LlameroError("is there already", where=out, fix="choose another directory, or remove it")
-    kind = kind_of(source)
+    source = find_gguf(source) or source
+    kind, write = kind_of(source), KINDS[options.to].write
+    assert write is not None  # `to` names none that is only read
     _refuse_unused(kind, options)
     opened = KINDS[kind].open(source, options)
     found = companions.find(source, opened.config, also=source.parent if kind == "meta" else None)
@@ -98,7 +103,7 @@ def run(source: Path, out: Path, options: ConvertConfig) -> Report:
     broken: dict[str, int] = {}
     with files.disk_errors_named(partial):
         partial.mkdir(parents=True)
-        KINDS[options.to].write(counting(model, broken), partial, options)
+        write(counting(model, broken), partial, options)
         write_config(model.config, partial, dtype=model.tensors.specs[EMBEDDING].dtype)
         notes = companions.write(found, partial, options.to, model.config)
         verified = (
@@ -117,8 +122,9 @@ def _dtype(options: ConvertConfig) -> torch.dtype | None:
 
 def _refuse_unused(kind: KindName, options: ConvertConfig) -> None:
     """Refuse what would be ignored."""
-    if kind == "hf" and options.context is not None:
-        raise LlameroError("the config.json of the source says how long inputs may be", where="--context")
+    if kind in ("hf", "gguf") and options.context is not None:
+        says = "config.json" if kind == "hf" else "metadata"
+        raise LlameroError(f"the {says} of the source says how long inputs may be", where="--context")
     if kind != "meta" and options.rope_factor is not None:
         raise LlameroError("only Meta directories leave the factor open", where="--rope-factor")
 

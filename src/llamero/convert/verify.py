@@ -1,7 +1,7 @@
 """Logits of a model by the mathematics of its own layout, layer by layer: a conversion is right if both sides agree.
 
-Meta and Megatron turn neighbouring channels (Su et al. 2021, arXiv:2104.09864); the names, the grouped heads and the
-[up; gate] of their files are used as they lie there, not through what converts them.
+Meta, Megatron and GGUF turn neighbouring channels (Su et al. 2021, arXiv:2104.09864); the names, the grouped heads and
+the [up; gate] of their files are used as they lie there, not through what converts them.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llamero.checkpoint import megatron as megatron_files
+from llamero.checkpoint.gguf import open_gguf
 from llamero.checkpoint.hf import Tensors
 from llamero.checkpoint.meta import open_meta
 from llamero.convert.model import Model
@@ -22,6 +23,7 @@ from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.model.attention import Documents
 from llamero.model.config import LlamaConfig
+from llamero.model.kquants import BlockCodes
 from llamero.model.load import EMBEDDING, HEAD, empty_model, load_block
 
 BATCH, LENGTH = 4, 64
@@ -58,9 +60,9 @@ def logits(kind: str, model: Model, directory: Path, ids: Int[Tensor, "batch seq
     """Return float32 logits over the true vocabulary; one layer is held at a time.
 
     Args:
-        kind: `hf`, `meta` or `megatron`.
+        kind: `hf`, `meta`, `megatron` or `gguf`.
         model: What was read from the directory; of other kinds than `hf` only its config is used.
-        directory: Where the files are.
+        directory: Where the files are, or the GGUF file.
         ids: Tokens.
     """
     sides = SIDES[kind](model, directory, ids)
@@ -127,7 +129,7 @@ class Weights(NamedTuple):
 def _block(config: LlamaConfig, w: Weights, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
     """Return what a layer makes of its input."""
     angles = torch.outer(torch.arange(x.shape[1]).float(), config.rope.frequencies(x.shape[1]))  # (seq, half)
-    turn = torch.polar(torch.ones_like(angles), angles)
+    turn = torch.polar(torch.full_like(angles, config.rope.attention_scale), angles)
 
     def heads(linear: Linear) -> Tensor:
         return F.linear(normed, *linear).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)  # (batch, heads, seq, d)
@@ -210,5 +212,34 @@ def _megatron_layer(config: LlamaConfig, tensors: Tensors, layer: str) -> Weight
     )  # fmt: skip
 
 
-SIDES: dict[str, Callable[[Model, Path, Tensor], Sides]] = {"hf": _hf, "meta": _meta, "megatron": _megatron}
-"""Every kind of directory there is."""
+def _gguf(model: Model, path: Path, ids: Int[Tensor, "batch seq"]) -> Sides:
+    file = open_gguf(path)
+
+    def read(name: str) -> Tensor:
+        return BlockCodes(file[name], file.specs[name].type.name).dequantize()
+
+    def linear(name: str) -> Linear:
+        return read(f"{name}.weight"), read(f"{name}.bias") if f"{name}.bias" in file else None
+
+    def layer(name: str) -> Weights:
+        q, k, v, o = (linear(f"{name}.attn_{part}") for part in ("q", "k", "v", "output"))
+        gate, up, down = (linear(f"{name}.ffn_{part}") for part in ("gate", "up", "down"))
+        return Weights(read(f"{name}.attn_norm.weight"), q, k, v, o, read(f"{name}.ffn_norm.weight"), gate, up, down)
+
+    def blocks() -> Iterator[Block]:
+        for number in range(model.config.num_layers):
+            yield partial(_block, model.config, layer(f"blk.{number}"))
+
+    head = "output.weight" if "output.weight" in file else "token_embd.weight"
+    return Sides(
+        partial(read, "token_embd.weight"), blocks(), partial(read, "output_norm.weight"), partial(read, head)
+    )  # fmt: skip
+
+
+SIDES: dict[str, Callable[[Model, Path, Tensor], Sides]] = {
+    "hf": _hf,
+    "meta": _meta,
+    "megatron": _megatron,
+    "gguf": _gguf,
+}
+"""Every kind of model there is."""

@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamero.checkpoint import hf
+from llamero.checkpoint.gguf_names import generation_config
+from llamero.core import gguf
 from llamero.core.errors import LlameroError
 from llamero.infer.generate import Request, events
 from llamero.infer.sampler import Sampling
 from llamero.model.llama import Llama
 from llamero.text.messages import Message
-from llamero.text.render import generation_config, render, resolve
+from llamero.text.render import generation_config as stops_of
+from llamero.text.render import render, resolve
 from llamero.text.tokenizer import Tokenizer
 
 
@@ -27,7 +30,7 @@ class Chat:
     def __init__(self, model: Llama, tokenizer: Tokenizer, *, template: str, system: str = "") -> None:
         self._model, self._tokenizer = model, tokenizer
         self._template = resolve(template, tokenizer)
-        stop = generation_config(self._template, tokenizer)["eos_token_id"]
+        stop = stops_of(self._template, tokenizer)["eos_token_id"]
         self._stop = frozenset(stop if isinstance(stop, list) else [stop])
         self.messages: list[Message] = [Message("system", system)] if system else []
 
@@ -63,13 +66,16 @@ def sampling_of(directory: Path, asked: Mapping[str, float], *, max_new_tokens: 
     """Return how to choose tokens: as asked, else as a model's generation_config.json says, else at 0.7.
 
     Args:
-        directory: Of the model.
+        directory: Of the model, or its GGUF file, which says it in its metadata.
         asked: `temperature`, `top_p`, `top_k`, `repetition_penalty`, as far as somebody said them.
         max_new_tokens: Longest answer.
         seed: Of the draws.
     """
-    path = directory / "generation_config.json"
-    written = hf.read_json(path) if path.exists() else {}
+    path, in_gguf = directory / "generation_config.json", gguf.find(directory)
+    if in_gguf is not None:
+        written = generation_config(gguf.read_header(in_gguf).metadata)
+    else:
+        written = hf.read_json(path) if path.exists() else {}
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
     said = {key: written[key] for key in keys if written.get(key) is not None}
     return Sampling(max_new_tokens=max_new_tokens, seed=seed, **{"temperature": 0.7, **said, **asked})

@@ -3,17 +3,17 @@
 Meaning of the keys: llama.cpp, src/llama-arch.cpp and src/llama-model.cpp.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llamero.checkpoint.gguf import Gguf, dtype_of, open_gguf
-from llamero.checkpoint.gguf_names import ROPE_FREQUENCIES, from_gguf, rows_from_gguf, to_gguf
+from llamero.checkpoint.gguf_names import ROPE_FREQUENCIES, as_written, from_gguf, rows_from_gguf, to_gguf
 from llamero.checkpoint.hf import Spec, Tensors
 from llamero.core.errors import LlameroError
 from llamero.model import rope
@@ -32,7 +32,7 @@ _READ = {
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
     "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor",
 }  # fmt: skip
 
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -48,7 +48,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "logit_scale": (0.0, 1.0),
-    "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
@@ -170,8 +169,7 @@ class _Keys:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a value; numbers as people wrote them before they became float32."""
-        value = self._metadata.get(f"{ARCHITECTURE}.{name}", default)
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return as_written(self._metadata.get(f"{ARCHITECTURE}.{name}", default))
 
     def count(self, name: str, default: int | None = None) -> int:
         """Return a positive number that is the same for all layers."""
@@ -254,9 +252,21 @@ def _rope(file: Gguf, keys: _Keys, *, head_dim: int, context: int) -> Rope:
             "original_max_position_embeddings": original or context,
             "beta_fast": keys.get("rope.scaling.yarn_beta_fast"),
             "beta_slow": keys.get("rope.scaling.yarn_beta_slow"),
-            "attention_factor": keys.get("rope.scaling.yarn_attn_factor"),
+            "attention_factor": _attention_factor(keys, factor),
         }
+    elif keys.get("rope.scaling.attn_factor", 1.0) != 1:
+        raise LlameroError(f"a RoPE scaling of type `{kind}` with an `attn_factor` is not a Llama's", where=keys.path)
     return rope.from_hf(said, head_dim=head_dim, context=context, where=str(keys.path))
+
+
+def _attention_factor(keys: _Keys, factor: float) -> float | None:
+    """Return YaRN's factor on attention where it is not the one of the paper.
+
+    `attn_factor` is relative to that; `yarn_attn_factor` is what the config.json of the model said, which converters
+    copy and llama.cpp does not heed.
+    """
+    relative = keys.get("rope.scaling.attn_factor", 1.0)
+    return keys.get("rope.scaling.yarn_attn_factor") if relative == 1 else relative * (0.1 * math.log(factor) + 1)
 
 
 def _divided(file: Gguf, keys: _Keys, theta: float, head_dim: int, original: int) -> Rope:

@@ -5,7 +5,7 @@ mathematics (`frequencies`) and its form in a model's config.json (`to_hf`). Pha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -246,7 +246,8 @@ def llama3_of(
     """Return the scaling whose frequencies are the plain ones divided by these, `None` if no Llama's are.
 
     GGUF files hold only the divisors. The original context cannot be told from the bounds that are counted in it (twice
-    of it and twice of both bounds divide the same), so it must be given.
+    of it and twice of both bounds divide the same), so it must be given. Where no frequency is slow enough to be
+    divided by the whole factor, many factors divide the same; the one with Llama 3.1's own bounds is preferred.
 
     Args:
         divisors: Of each frequency.
@@ -254,28 +255,36 @@ def llama3_of(
         head_dim: Channels of a head.
         original_context: Tokens that the model was first made for.
     """
-    factor = float(divisors.max())
-    if factor == 1 and bool((divisors == 1).all()):
+    if bool((divisors == 1).all()):
         return Default(theta, head_dim)
     plain = plain_frequencies(theta, head_dim)
-    for low, high in ((1.0, 4.0), _bounds(divisors.double(), factor, original_context * plain.double() / math.tau)):
-        if low < high:
+    turns = original_context * plain.double() / math.tau
+    for factor, low, high in _scalings(divisors.double(), turns):
+        if low < high and factor > 1:
             found = Llama3(theta, head_dim, factor, original_context, low, high)
             if torch.allclose(found.frequencies(original_context) * divisors, plain, rtol=1e-4, atol=0):
                 return found
     return None
 
 
-def _bounds(divisors: Tensor, factor: float, turns: Tensor) -> tuple[float, float]:
-    """Return `low_freq_factor` and `high_freq_factor` from the frequencies between; (0, 0) if those are too few."""
-    between = (divisors > 1 + 1e-5) & (divisors < factor * (1 - 1e-5))
-    if between.sum() < 2:
-        return 0.0, 0.0
-    keep = ((1 / divisors - 1 / factor) / (1 - 1 / factor))[between]
-    first, last = turns[between][0], turns[between][-1]
-    slope = (keep[0] - keep[-1]) / (first - last)
-    low = first - keep[0] / slope
-    return float(low), float(low + 1 / slope)
+def _scalings(divisors: Tensor, turns: Tensor) -> Iterator[tuple[float, float, float]]:
+    """Yield factors with their low and high bounds that may divide so, the likeliest first."""
+    factor = float(divisors.max())
+    yield factor, 1.0, 4.0
+    slowed = divisors > 1 + 1e-5
+    for number in torch.nonzero(slowed)[:, 0].tolist():
+        keep = (float(turns[number]) - 1) / 3  # between the bounds 1 and 4
+        rest = 1 / float(divisors[number]) - keep
+        if 0 < keep < 1 and rest > 0:
+            yield float(f"{(1 - keep) / rest:.4g}"), 1.0, 4.0
+    for inside in (slowed & (divisors < factor * (1 - 1e-5)), slowed):  # the slowest has the whole factor, or not yet
+        t, y = turns[inside].tolist(), (1 / divisors[inside]).tolist()
+        if len(t) >= 2 and y[0] > y[-1]:
+            # 1 / divisor is a line over turns, from 1 / factor at the low bound to 1 at the high one
+            slope = (y[0] - y[-1]) / (t[0] - t[-1])
+            start = y[0] - slope * t[0]
+            yield factor, (1 / factor - start) / slope, (1 - start) / slope
+            yield 1 / (slope + start), 1.0, (1 - start) / slope
 
 
 TYPES: dict[str, type[Default | Linear | Dynamic | Yarn | Llama3]] = {

@@ -50,11 +50,11 @@ def base_config(recipe: Recipe, root: Path) -> tuple[LlamaConfig, str]:
         }
         return from_hf(keys, where="base.shape"), "the recipe's shape"
     local = root / recipe.base
-    if local.is_dir():
+    if local.exists():
         return load_config(local), str(local)
     try:
         directory = resolve_model(recipe.base, weights=False)
-        if not (directory / "config.json").is_file():
+        if directory.is_dir() and not (directory / "config.json").is_file():
             raise LlameroError("no config.json", where=recipe.base)
         return load_config(directory), f"config.json of {recipe.base}"
     except LlameroError as error:

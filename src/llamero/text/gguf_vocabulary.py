@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 KEY = "tokenizer.ggml."
+KIND = f"{KEY}model"
+"""Key that a file has if it carries a tokenizer."""
 
 NEW_PRE = "name it with the `gguf` package: gguf-new-metadata --pre-tokenizer NAME OLD.gguf NEW.gguf"
 
@@ -98,7 +100,7 @@ def from_metadata(metadata: Mapping[str, Any], *, where: object) -> FromGguf:
     Raises:
         LlameroError: There is none, it is of a kind that is no Llama's, or its lists do not fit each other.
     """
-    kind = metadata.get(f"{KEY}model")
+    kind = metadata.get(KIND)
     if kind is None:
         raise LlameroError("the file carries no tokenizer", where=where, fix="convert the model again, with one")
     if kind not in _KINDS:

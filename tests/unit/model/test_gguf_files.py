@@ -164,13 +164,21 @@ def divisors(theta, head_dim, factor, original, low, high):
 
 
 @pytest.mark.parametrize(
-    ("factor", "original", "low", "high"), [(8.0, 8192, 1.0, 4.0), (32.0, 8192, 1.0, 4.0), (16.0, 8192, 2.0, 64.0)]
+    ("factor", "original", "low", "high"),
+    [
+        (8.0, 8192, 1.0, 4.0),
+        (32.0, 8192, 1.0, 4.0),
+        (16.0, 8192, 2.0, 64.0),
+        (8.0, 524288, 1.0, 4.0),  # no frequency is slow enough for the whole factor; here only one is slowed at all
+        (4.0, 524288, 1.0, 60.0),
+    ],
 )
 def test_the_scaling_of_llama_3_is_found_from_its_divisors(gguf_of, tmp_path, factor, original, low, high):
     config = replace(SHAPE, rope=Llama3(500000.0, 64, factor, original, low, high))
     model = model_of(config)
     frequencies = {"rope_freqs.weight": (divisors(500000.0, 64, factor, original, low, high), "F32")}
-    loaded = load_model(gguf_of(model, tmp_path / "model.gguf", tensors=frequencies))
+    said = {"llama.rope.scaling.original_context_length": original}
+    loaded = load_model(gguf_of(model, tmp_path / "model.gguf", tensors=frequencies, change=said))
     found = loaded.config.rope
     assert isinstance(found, Llama3)
     torch.testing.assert_close(found.frequencies(64), config.rope.frequencies(64), rtol=1e-4, atol=0)
