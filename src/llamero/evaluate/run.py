@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from llamero.corpus import benchmarks, toy_world
 from llamero.corpus.dataset import Dataset
 from llamero.evaluate import h4
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
-from llamero.infer import choices, score
+from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
 from llamero.infer.context import check_tokenizer
 from llamero.infer.sampler import Sampling
-from llamero.infer.score import Window
+from llamero.infer.score import KL_PROTOCOL
+from llamero.infer.texts import Text
 from llamero.model.llama import Llama
 from llamero.model.load import load_model
 from llamero.text.tokenizer import Tokenizer, load_tokenizer
@@ -104,32 +104,27 @@ def _error(metric: str, value: float | None) -> dict[str, float]:
 def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
     other = None if subject.reference is None else load_model(subject.reference, dtype=torch.float32)
     results: list[Result] = []
-    for name, ids, windows, how in _texts(task, subject):
-        found = score.perplexity(subject.model, ids, windows)
+    for text in _texts(task, subject):
+        found = score.perplexity(subject.model, text.ids, text.windows)
         metrics = {"perplexity": found.value, "tokens": found.tokens}
-        results.append(subject.result("perplexity", metrics, how, text=name))
+        results.append(subject.result("perplexity", metrics, text.protocol, text=text.name))
         if other is not None:
-            agreement = score.compare(other, subject.model, ids, windows)
+            agreement = score.compare(other, subject.model, text.ids, text.windows)
             metrics = {"kl": agreement.kl, "top1": agreement.top1, "tokens": agreement.tokens}
-            protocol = f"KL(original ‖ this) in nats per token, {how}"
-            results.append(subject.result("agreement", metrics, protocol, text=name))
+            protocol = f"{KL_PROTOCOL}, {text.protocol}"
+            results.append(subject.result("agreement", metrics, protocol, text=text.name))
     return results
 
 
-def _texts(task: PerplexityTask, subject: Subject) -> Iterator[tuple[str, list[int], list[Window], str]]:
-    """Yield name, ids, windows and protocol of every text."""
-    tokenizer = subject.tokenizer
-    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+def _texts(task: PerplexityTask, subject: Subject) -> Iterator[Text]:
     for name, path in task.texts.items():
-        ids = (head + tokenizer.encode(_read(subject.root / path)))[: task.tokens]
-        windows = score.sliding(len(ids), window=task.window, stride=task.stride)
-        yield name, ids, windows, f"window {task.window}, stride {task.stride}, {'BOS first' if head else 'no BOS'}"
+        how = {"window": task.window, "stride": task.stride, "tokens": task.tokens}
+        yield texts.of_file(name, subject.root / path, subject.tokenizer, **how)
     for name in task.validation:
         documents = [d.tolist() for d in Dataset(subject.mixtures[name]).tokens("val")]
         if not documents:
             raise LlameroError(f"mixture `{name}` has no validation documents", fix="give a source `val_split`")
-        windows = score.documents([len(document) for document in documents])
-        yield f"{name}, validation", list(chain.from_iterable(documents)), windows, "each document by itself"
+        yield texts.of_documents(f"{name}, validation", documents)
 
 
 def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
@@ -140,15 +135,6 @@ def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
         said.append({"prompt": prompt, "answer": "".join(pieces).strip()})
     result = subject.result("samples", {}, f"greedy, at most {task.max_new_tokens} tokens")
     return [replace(result, samples=tuple(said))]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise LlameroError("text to measure on is missing", where=path) from error
-    except UnicodeDecodeError as error:
-        raise LlameroError(f"not UTF-8: {error.reason}", where=path) from error
 
 
 def _h4(task: H4Task, subject: Subject) -> list[Result]:

@@ -25,6 +25,9 @@ BATCH_TOKENS = 4096
 LOGITS = 2**24
 """Logits that exist at a time."""
 
+KL_PROTOCOL = "KL(original ‖ this) in nats per token"
+"""How reports say what `Agreement.kl` is."""
+
 Ids = tuple[int, ...]
 
 
@@ -233,8 +236,11 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity: e to the mean negative log-likelihood per token."""
-        return math.exp(self.nll_sum / self.tokens)
+        """The perplexity: e to the mean negative log-likelihood per token; infinite where no float holds it."""
+        try:
+            return math.exp(self.nll_sum / self.tokens)
+        except OverflowError:
+            return math.inf
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -13,18 +12,9 @@ from llamero.core import progress
 from llamero.infer import score
 from llamero.infer.context import rotation_of
 from llamero.infer.score import BATCH_TOKENS, Tally, Window
+from llamero.infer.texts import Text
 from llamero.model.attention import Documents
 from llamero.model.layered import Layered
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text that models are measured on."""
-
-    ids: Sequence[int]
-    windows: Sequence[Window]
-    """What a model sees at a time, and what of it is scored."""
-
 
 Seen = list[Float[Tensor, "asked dim"]]
 """Hidden states of a text before the last normalization, where a scored token is predicted: those of a pass each."""

@@ -9,7 +9,8 @@ import torch
 from llamero.core.errors import LlameroError
 from llamero.infer import score
 from llamero.infer.score import documents, perplexity, sliding
-from llamero.infer.walk import Text, compare, walk
+from llamero.infer.texts import Text
+from llamero.infer.walk import compare, walk
 from llamero.model.config import LlamaConfig
 from llamero.model.layered import Layered
 from llamero.model.linear import PackedLinear
@@ -62,8 +63,8 @@ def texts(draw):
     """One in windows, one in documents."""
     lengths = [7, 1, 20, 2]
     return [
-        Text(draw(150), sliding(150, window=32, stride=16)),
-        Text(draw(30, 1), documents(lengths)),
+        Text("windows", draw(150), sliding(150, window=32, stride=16), ""),
+        Text("documents", draw(30, 1), documents(lengths), ""),
     ]
 
 
