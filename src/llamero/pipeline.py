@@ -21,11 +21,13 @@ from llamero.core.files import ContentDigests
 from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
 from llamero.evaluate.config import EvaluateConfig
-from llamero.quantize.config import CalibrationSource, QuantizeConfig
+from llamero.quantize.config import AFTERWARDS, CalibrationSource, QuantizeConfig
+from llamero.quantize.gate import Measured, Verdict, judge
 from llamero.recipe.fit import refuse_what_does_not_fit, without_misfits
 from llamero.recipe.schema import Recipe, ScratchConfig
 
 if TYPE_CHECKING:
+    from llamero.publish.release import Gate
     from llamero.quantize.sequences import Drawn
 
 Builds = Mapping[str, Build]
@@ -42,6 +44,8 @@ class Stage:
     """Makes those that are missing."""
     together: bool = False
     """Whether all processes of a run make it, each a part; else the first does while the others wait."""
+    wanted: Callable[[], bool] = lambda: True
+    """Asked when the stages before it are made: whether it is to be made at all."""
 
     @property
     def identity(self) -> Identity:
@@ -72,6 +76,8 @@ class Outcome:
     results: Sequence[results.Result]
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Default variants that the model cannot become, and why."""
+    faults: Mapping[str, Verdict] = field(default_factory=dict)
+    """What is wrong with quantized variants, and whether they are published."""
 
 
 @dataclass
@@ -104,6 +110,7 @@ class Plan:
         mixtures = self._mixtures_used() if self.datasets is None else self.datasets
         self.data = {name: self._plan_data(name, self._mixture(name)) for name in mixtures}
         self.measurements: list[Identity] = []
+        self.gates: dict[str, Identity] = {}
         self.release: Identity | None = None
         if self.datasets is None:
             self._plan_release_and_what_leads_to_it()
@@ -111,7 +118,8 @@ class Plan:
     def _plan_release_and_what_leads_to_it(self) -> None:
         self._plan_training()
         self._plan_variants()
-        self.measurements = self._plan_evaluation()
+        self.gates = self._plan_measuring()
+        self.measurements = [*self.gates.values(), *self._plan_evaluation()]
         self.release = self._plan_release()
 
     def path(self, model: str) -> Path:
@@ -171,6 +179,8 @@ class Plan:
         used = [stage.mixture for stage in self.recipe.train]
         if self.recipe.quantize:
             used += [part.mixture for part in self._calibration_parts(self.recipe.quantize) if part.mixture is not None]
+        measure = self.recipe.measured_on
+        used += [] if measure is None else measure.validation
         used += [name for task in self.recipe.evaluate for name in task.mixtures]
         return list(dict.fromkeys(used))
 
@@ -284,7 +294,7 @@ class Plan:
         self.stages.append(Stage("quantize", identities, make))
 
     def _variant(self, config: QuantizeConfig, name: str) -> Identity:
-        said = config.model_dump(mode="json", exclude={"variants": True, "calibration": True})
+        said = config.model_dump(mode="json", exclude={"variants", "calibration", *AFTERWARDS})
         said["calibration"] = config.calibration.decides(self._own_mixture)
         parents = {"model": self._model_digest("final"), **self._calibration_parent(config)}
         return Identity("variant", name, {**said, "variant": name, "seed": self.recipe.seed}, parents)
@@ -321,6 +331,84 @@ class Plan:
             own=self._own_mixture,
         )
 
+    # -- what the variants lost
+
+    def _plan_measuring(self) -> dict[str, Identity]:
+        """Plan the measurement of the final model and of every variant beside it; return them by the model's name."""
+        config, measure = self.recipe.quantize, self.recipe.measured_on
+        if config is None or measure is None:
+            return {}
+        parents = {f"text {name}": self._content(path, f"text {name}") for name, path in measure.texts.items()}
+        self._refuse_calibrated(parents, where="quantize.measure")
+        parents |= {f"mixture {mixture}": self.data[mixture].digest for mixture in measure.validation}
+        said = {"measure": {**measure.model_dump(mode="json", exclude={"texts"}), "texts": list(measure.texts)}}
+        original = self._own_name("final")
+        gates = {
+            name: Identity(
+                "measurement",
+                f"measure-{name}",
+                {**said, "model": name},
+                {**parents, "model": self._model_digest(name), "reference": self._model_digest("final")},
+            )
+            for name in (original, *config.variants)
+        }
+
+        def make(builds: Builds) -> None:
+            from llamero.quantize.measure import measure as run
+            from llamero.quantize.measure import refuse_what_was_calibrated_on, results_of, texts_to_measure_on
+            from llamero.text.tokenizer import load_tokenizer
+
+            tokenizer = load_tokenizer(self.path("final"))
+            texts = texts_to_measure_on(
+                measure,
+                tokenizer,
+                model=self.path("final"),
+                root=self.root,
+                mixtures={name: self.data[name].path(self.out) for name in measure.validation},
+            )
+            refuse_what_was_calibrated_on(texts, self._calibration(config).sequences)
+            missing = {name: self.path(name) for name in config.variants if f"measure-{name}" in builds}
+            for found in run(texts, original=(original, self.path("final")), variants=missing):
+                build = builds.get(f"measure-{found.name}")
+                if build is not None:
+                    results.write(build.path, results_of(found, tokenizer=tokenizer.digest))
+                    files.write_json(build.path / "seconds.json", {"seconds": found.seconds})
+                    build.summary = found.to_json()
+
+        self.stages.append(Stage("measure", {identity.stage: identity for identity in gates.values()}, make))
+        return gates
+
+    def _refuse_calibrated(self, files: Mapping[str, str], *, where: str) -> None:
+        """Refuse to measure variants on what is calibrated on, under whatever name: contents are compared."""
+        config = self.recipe.quantize
+        assert config is not None
+        read = set(self._calibration_parent(config).values())
+        for part in self._calibration_parts(config):
+            read |= set(self._files(self._mixture(part.mixture)).values()) if part.mixture is not None else set()
+        for role, digest in files.items():
+            if digest in read:
+                raise LlameroError(
+                    f"`{role.removeprefix('text ')}` is calibrated on: what it says of a variant means nothing",
+                    where=where,
+                    fix="measure variants on another text, or calibrate on another",
+                )
+
+    def verdict(self, variant: str) -> Verdict:
+        """Return whether a variant is published, once it is measured."""
+        config = self.recipe.quantize
+        assert config is not None
+        found = None
+        if variant in self.gates:
+            found = Measured.from_json(artifact.read(self.gates[variant].path(self.out)).summary)
+        return judge(found, max_kl=config.max_kl, anyway=config.publish_anyway)
+
+    @property
+    def faults(self) -> dict[str, Verdict]:
+        """Return the verdicts on variants with which something is wrong, once all are measured."""
+        named = self.recipe.quantize.variants if self.recipe.quantize else ()
+        verdicts = {name: self.verdict(name) for name in named}
+        return {name: verdict for name, verdict in verdicts.items() if verdict.reason is not None}
+
     # -- evaluation
 
     def _plan_evaluation(self) -> list[Identity]:
@@ -347,6 +435,7 @@ class Plan:
         parents |= {f"mixture {mixture}": self.data[mixture].digest for mixture in task.mixtures}
         variant = self.recipe.quantize is not None and name in self.recipe.quantize.variants
         if variant:
+            self._refuse_calibrated(parents, where=f"evaluate: {task.tasks}")
             parents["reference"] = self._model_digest("final")
         identity = Identity("evaluation", f"evaluate-{task.tasks}-{name}", config, parents)
 
@@ -366,7 +455,9 @@ class Plan:
             results.write(build.path, found)
             build.summary = {"results": len(found)}
 
-        return self._add(identity.stage, identity, make)
+        wanted = (lambda: self.verdict(name).published) if variant else (lambda: True)
+        self.stages.append(Stage(identity.stage, {identity.stage: identity}, make, wanted=wanted))
+        return identity
 
     # -- release
 
@@ -375,7 +466,9 @@ class Plan:
         publish = recipe.publish
         if publish is None:
             return None
-        config = {"publish": publish.model_dump(mode="json"), "name": recipe.name}
+        config: dict[str, Any] = {"publish": publish.model_dump(mode="json"), "name": recipe.name}
+        if recipe.quantize and self.gates:
+            config["gate"] = recipe.quantize.model_dump(mode="json", include={"max_kl", "publish_anyway"})
         made = [identity.digest for stage in self.stages for identity in stage.identities.values()]
         parents = {str(number): digest for number, digest in enumerate(made)}
         parents |= {name: self._model_digest(name) for name in self.models}
@@ -385,6 +478,9 @@ class Plan:
             from llamero.publish.run import ReleaseInputs, run
 
             build = builds["release"]
+            faults = self.faults
+            variants = recipe.quantize.variants if recipe.quantize else ()
+            published = [name for name in variants if name not in faults or faults[name].published]
             inputs = ReleaseInputs(
                 name=recipe.name,
                 recipe=recipe.model_dump(mode="json", exclude_defaults=True, exclude={"parallel"}),
@@ -393,13 +489,31 @@ class Plan:
                 model=self._artifact("final"),
                 stages=[self._artifact(stage.name) for stage in recipe.train],
                 data=[artifact.read(identity.path(self.out)) for identity in self.data.values()],
-                variants=[self._artifact(name) for name in (recipe.quantize.variants if recipe.quantize else ())],
-                results=self.all_results(),
+                variants=[self._artifact(name) for name in published],
+                results=[each for each in self.all_results() if each.model in published or each.model not in variants],
                 base_on_hub=self._base_is_on_the_hub,
+                gate=self._gate(),
             )
             build.summary = run(publish, inputs, build.path)
 
         return self._add("release", identity, make)
+
+    def _gate(self) -> Gate | None:
+        """Return what the card says of the variants that are far from the original."""
+        from llamero.publish.release import Gate, Withheld
+
+        if self.recipe.quantize is None or not self.gates:
+            return None
+        withheld, anyway = [], {}
+        for name, verdict in self.faults.items():
+            if verdict.published:
+                anyway[name] = str(verdict.reason)
+                continue
+            found = Measured.from_json(artifact.read(self.gates[name].path(self.out)).summary)
+            kl = {reading.text: reading.kl for reading in found.readings if reading.kl is not None}
+            size = self._artifact(name).summary["size_bytes"]
+            withheld.append(Withheld(name, size, str(verdict.reason), kl))
+        return Gate(self.recipe.quantize.max_kl, tuple(withheld), anyway)
 
     def _artifact(self, name: str) -> Artifact:
         found = self.models[name]
@@ -409,7 +523,8 @@ class Plan:
 
     def all_results(self) -> list[results.Result]:
         """Return every measurement, in the recipe's order."""
-        return [result for identity in self.measurements for result in results.read(identity.path(self.out))]
+        made = [identity.path(self.out) for identity in self.measurements if artifact.find(self.out, identity)]
+        return [result for path in made for result in results.read(path)]
 
     # -- shared
 
@@ -469,7 +584,7 @@ def run(
         model = plan.path("final") if "final" in plan.models else None
         if release is not None:
             model = release / recipe.name
-        return Outcome(rows, release, model, plan.all_results(), plan.left_out)
+        return Outcome(rows, release, model, plan.all_results(), plan.left_out, plan.faults)
 
 
 def _refuse_other_processes(plan: Plan) -> None:
@@ -499,7 +614,8 @@ def _help(plan: Plan, out: Path) -> Outcome:
 
 
 def _missing(stage: Stage, out: Path) -> dict[str, Identity]:
-    return {name: i for name, i in stage.identities.items() if artifact.find(out, i) is None}
+    missing = {name: i for name, i in stage.identities.items() if artifact.find(out, i) is None}
+    return missing if missing and stage.wanted() else {}
 
 
 def _make(stage: Stage, out: Path) -> list[Row]:
@@ -512,6 +628,7 @@ def _make(stage: Stage, out: Path) -> list[Row]:
     return [
         Row(name, "made" if name in missing else "kept", seconds if name in missing else 0.0, identity.path(out))
         for name, identity in stage.identities.items()
+        if artifact.find(out, identity)
     ]
 
 

@@ -65,6 +65,9 @@ def test_the_whole_way_is_known_before_anything_runs(digests):
         "train-sft",
         "gptq-4bit-16g-actorder_True",
         "rtn-4bit-16g",
+        "measure-sft",
+        "measure-gptq-4bit-16g-actorder_True",
+        "measure-rtn-4bit-16g",
         "evaluate-toy_world-lm",
         "evaluate-toy_world-sft",
         "evaluate-toy_world-gptq-4bit-16g-actorder_True",
@@ -84,14 +87,45 @@ def test_what_does_not_decide_the_result_changes_no_name(digests, override):
 
 def test_a_later_stage_changes_only_what_comes_after(digests):
     touched = changed(digests(), digests("train.sft.lr=1e-3"))
-    assert touched == {name for name in digests() if name.startswith(("train-sft", "gptq", "rtn", "evaluate"))} - {
-        "evaluate-toy_world-lm"
-    } | {"release"}
+    after = ("train-sft", "gptq", "rtn", "measure", "evaluate", "release")
+    assert touched == {name for name in digests() if name.startswith(after)} - {"evaluate-toy_world-lm"}
 
 
 def test_one_variant_more_leaves_the_others(digests):
     more = "quantize.variants=[gptq-4bit-16g-actorder_True, rtn-4bit-16g, rtn-3bit-16g]"
-    assert changed(digests(), digests(more)) == {"rtn-3bit-16g", "evaluate-toy_world-rtn-3bit-16g", "release"}
+    new = {"rtn-3bit-16g", "measure-rtn-3bit-16g", "evaluate-toy_world-rtn-3bit-16g", "release"}
+    assert changed(digests(), digests(more)) == new
+
+
+@pytest.mark.parametrize("override", ["quantize.max_kl=0.1", "quantize.publish_anyway=[rtn-4bit-16g]"])
+def test_another_gate_makes_another_release_and_nothing_else(digests, override):
+    assert changed(digests(), digests(override)) == {"release"}
+
+
+@pytest.mark.parametrize("override", ["quantize.measure.tokens=100", "quantize.measure.texts={page: page.txt}"])
+def test_another_measurement_leaves_the_variants(digests, override):
+    touched = changed(digests(), digests(override))
+    assert touched == {name for name in digests() if name.startswith("measure-")} | {"release"}
+
+
+def test_nothing_is_measured_where_nothing_is_to_be(digests):
+    gone = {name for name in digests() if name.startswith("measure-")}
+    assert changed(digests(), digests("quantize.measure=null")) == gone | {"release"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["quantize.measure={texts: {page: page.txt}}"], "quantize.measure"),
+        (["quantize.measure={validation: [world]}", "evaluate.1.models=[variants]"], "evaluate: perplexity"),
+    ],
+)
+def test_a_text_that_is_calibrated_on_is_no_text_to_measure_on(digests, overrides, where):
+    (digests.root / "copy.txt").write_text("a page")
+    calibration = "quantize.calibration={text: copy.txt, sequence: 16, tokens: 64}"
+    with pytest.raises(LlameroError, match="`page` is calibrated on") as caught:
+        digests(calibration, *overrides)
+    assert caught.value.where == where
 
 
 def test_the_seed_changes_all_that_is_drawn(digests):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,28 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Withheld:
+    """A quantized model that was made and is not published."""
+
+    name: str
+    size_bytes: int
+    reason: str
+    kl: Mapping[str, float]
+    """Nats per token, by the text that it was measured on."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which quantized models are good enough."""
+
+    max_kl: float
+    """Largest KL on any text, nats per token."""
+    withheld: Sequence[Withheld] = ()
+    anyway: Mapping[str, str] = field(default_factory=dict)
+    """What is wrong with those that are published all the same."""
+
+
+@dataclass(frozen=True)
 class TrainedStage:
     """A training stage: how it was described, and what came out."""
 
@@ -86,6 +108,7 @@ class ReleaseInputs:
         variants: Quantized models.
         results: Measurements of `base`, stages (by name) and variants (by name).
         base_on_hub: `base` names a model of the hub, not a directory.
+        gate: Which variants are published; `None` if they were not measured to be judged.
     """
 
     name: str
@@ -98,6 +121,7 @@ class ReleaseInputs:
     variants: Sequence[Artifact]
     results: Sequence[Result]
     base_on_hub: bool = False
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         named = Counter(variant.name for variant in self.quantized)

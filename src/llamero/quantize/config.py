@@ -12,6 +12,10 @@ from llamero.core.config import Strict
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.corpus import known
 from llamero.quantize import variants
+from llamero.quantize.gate import MAX_KL, Measure
+
+AFTERWARDS = frozenset({"measure", "max_kl", "publish_anyway"})
+"""Keys about variants that are there: when they change, nothing is quantized again."""
 
 
 class CalibrationSource(Strict):
@@ -149,6 +153,13 @@ class QuantizeConfig(Strict):
     """Zero in the middle of every grid. Asymmetric grids are a little better and are read by fewer programs."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """Dtype of what is not quantized: embeddings, norms, head."""
+    measure: Measure | None = Measure()
+    """Texts on which every variant is measured beside the original; `null` measures nothing, and nothing is held
+    back."""
+    max_kl: float = Field(default=MAX_KL, gt=0)
+    """Largest KL(original ‖ variant) on any of these texts, in nats per token, with which a variant is published."""
+    publish_anyway: tuple[str, ...] = ()
+    """Variants that are published whatever was measured; the card says so."""
 
     @field_validator("variants")
     @classmethod
@@ -162,6 +173,13 @@ class QuantizeConfig(Strict):
         if repeated:
             raise ValueError(f"`{repeated[0]}` is listed twice")
         return names
+
+    @model_validator(mode="after")
+    def _exceptions_are_variants(self) -> QuantizeConfig:
+        for name in self.publish_anyway:
+            if name not in self.variants:
+                raise ValueError(f"`publish_anyway`: no variant `{name}`; {did_you_mean(name, self.variants)}")
+        return self
 
     def parsed(self) -> tuple[variants.Variant, ...]:
         """Return the variants."""

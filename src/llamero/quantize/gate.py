@@ -13,7 +13,7 @@ from llamero.core.config import Strict
 MAX_KL = 0.5
 """Nats per token; what is further away says other things than the model it was made from."""
 DEFAULT_TEXTS = 2
-"""Mixtures whose validation documents are read where a recipe names no text."""
+"""How many texts are read where a recipe names none."""
 WINDOW = 512
 
 
@@ -24,8 +24,8 @@ class Measure(Strict):
     """Text files by the name that reports use (name the split: `WikiText-2 test`), relative to the recipe. None of them
     may have been calibrated on."""
     validation: list[str] = []
-    """Mixtures of the recipe whose validation documents are read. Where neither texts nor mixtures are named: the last
-    two mixtures that are trained on and keep some."""
+    """Mixtures of the recipe whose validation documents are read. Where neither texts nor mixtures are named: two of
+    the texts whose perplexity is evaluated and the mixtures that are trained on, the last one first."""
     tokens: int = Field(default=16_384, gt=1)
     """Tokens of each text, from its start."""
     window: int | None = Field(default=None, ge=2)

@@ -14,16 +14,48 @@ from torch import Tensor
 
 from llamero.core.errors import LlameroError
 from llamero.core.results import Result
+from llamero.corpus.dataset import Dataset
 from llamero.infer import walk
+from llamero.infer.context import context_length
 from llamero.infer.score import KL_PROTOCOL, Tally
-from llamero.infer.texts import Text
+from llamero.infer.texts import Text, first_documents, of_file
 from llamero.model.layered import Layered
-from llamero.quantize.gate import Measured, Reading
+from llamero.model.load import load_config
+from llamero.quantize.gate import Measure, Measured, Reading
+from llamero.text.tokenizer import Tokenizer
 
 RUN = 32
 """Tokens in a row that do not stand in two texts by chance."""
 SHARED = 0.05
 """Share of such runs from which on two texts count as one."""
+
+
+def texts_to_measure_on(
+    config: Measure, tokenizer: Tokenizer, *, model: Path, root: Path, mixtures: Mapping[str, Path]
+) -> list[Text]:
+    """Return the texts that a config names.
+
+    Args:
+        config: Which ones, and how much of them.
+        tokenizer: Of the model.
+        model: Directory of the model, whose context bounds the window.
+        root: Directory that paths start from.
+        mixtures: Tokenized mixtures by name.
+    """
+    window, stride = config.sight(context_length(load_config(model)))
+    how = {"window": window, "stride": stride, "tokens": config.tokens}
+    found = [of_file(name, root / path, tokenizer, **how) for name, path in config.texts.items()]
+    for name in config.validation:
+        documents = Dataset(mixtures[name]).tokens("val")
+        found.append(first_documents(f"{name}, validation", (d.tolist() for d in documents), **how))
+    for text in found:
+        if not text.windows:
+            problem, fix = (
+                f"{len(text.ids)} tokens, which predict nothing",
+                "give a longer text, or a larger `val_split`",
+            )
+            raise LlameroError(problem, where=f"quantize.measure: {text.name}", fix=fix)
+    return found
 
 
 def measure(
@@ -83,7 +115,7 @@ def _reading(text: Text, tally: Tally, *, beside: bool) -> Reading:
     )
 
 
-def results(measured: Measured, *, tokenizer: str) -> list[Result]:
+def results_of(measured: Measured, *, tokenizer: str) -> list[Result]:
     """Return numbers as tables and cards take them.
 
     Args:

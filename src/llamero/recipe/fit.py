@@ -134,6 +134,8 @@ def _refuse_long(recipe: Recipe, base: Base) -> None:
     lengths = {f"train.{stage.name}.sequence": stage.sequence for stage in recipe.train}
     if recipe.quantize is not None:
         lengths["quantize.calibration.sequence"] = recipe.quantize.calibration.sequence
+        if recipe.quantize.measure is not None:
+            lengths["quantize.measure.window"] = recipe.quantize.measure.sight(base.context)[0]
     for number, task in enumerate(recipe.evaluate):
         if isinstance(task, PerplexityTask) and task.texts:
             lengths[f"evaluate.{number}.window"] = task.window

@@ -20,6 +20,7 @@ from llamero.engine.stage import ProbeConfig, StageConfig
 from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
 from llamero.parallel.config import ParallelConfig
 from llamero.quantize.config import CalibrationSource, QuantizeConfig
+from llamero.quantize.gate import Measure
 from llamero.recipe.schema import Recipe, ScratchConfig
 from llamero.text.templates import TEMPLATES
 from llamero.train.config import ShapeConfig
@@ -190,6 +191,8 @@ class _Tiny:
                 self._probe(own, stage.name, stage.probe)
         if recipe.quantize is not None:
             self._quantize(keys["quantize"].setdefault("calibration", {}), recipe.quantize)
+            if recipe.quantize.measure is not None:
+                self._measure(keys["quantize"], recipe.quantize.measure)
         if recipe.evaluate:
             keys["evaluate"] = list(self._evaluate(keys["evaluate"]))
         if recipe.publish is not None:
@@ -334,6 +337,20 @@ class _Tiny:
 
     def _is_here(self, source: CalibrationSource) -> bool:
         return source.path is not None and self.here(str(source.path))
+
+    def _measure(self, keys: dict[str, Any], measure: Measure) -> None:
+        texts = {name: path for name, path in measure.texts.items() if self.here(path)}
+        kept = any(source.val_split for mixture in self.recipe.data.mixtures.values() for source in mixture.sources)
+        if measure.texts and not texts and not kept:
+            keys["measure"] = None
+            self.log.append(Change("quantize.measure", _said(measure.texts), "null", "the texts are not here"))
+            return
+        said = self._part(keys.setdefault("measure", {}), "quantize.measure")
+        said.put("texts", measure.texts, texts, "the others are not here")
+        said.most("tokens", measure.tokens, CALIBRATION)
+        for key, before in (("window", measure.window), ("stride", measure.stride)):
+            if before is not None:
+                said.most(key, before, SEQUENCE)
 
     def _evaluate(self, tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the tasks that can be done here."""

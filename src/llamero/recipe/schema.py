@@ -11,10 +11,11 @@ from llamero.core.config import Strict
 from llamero.core.errors import did_you_mean
 from llamero.data.config import DataConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
-from llamero.evaluate.config import EvaluateConfig
+from llamero.evaluate.config import EvaluateConfig, PerplexityTask
 from llamero.parallel.config import ParallelConfig
 from llamero.publish.config import PublishConfig
 from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.gate import DEFAULT_TEXTS, Measure
 from llamero.text.templates import TEMPLATES
 from llamero.train.config import ShapeConfig
 
@@ -88,6 +89,7 @@ class Recipe(Strict):
                     _known(part.mixture, mixtures, ("quantize", "calibration", "mixture"), "mixture")
         self._measured_models_are_known(stages)
         self._validation_is_there()
+        self._variants_can_be_measured()
         if self.publish and not self.train and (self.template != "auto" or self.data.extra_tokens):
             raise _wrong(
                 ("template",),
@@ -95,6 +97,40 @@ class Recipe(Strict):
                 "remove `template` and `data.extra_tokens`, or train",
             )
         return self
+
+    @property
+    def _keeps_validation(self) -> list[str]:
+        """Return the mixtures that keep validation samples."""
+        return [name for name, m in self.data.mixtures.items() if any(source.val_split for source in m.sources)]
+
+    @property
+    def measured_on(self) -> Measure | None:
+        """Return on what variants are measured.
+
+        Where `quantize.measure` names nothing: the first texts of the evaluation's perplexity, then the last mixtures
+        that are trained on and keep validation samples. Nothing, if there is none of that either.
+        """
+        measure = None if self.quantize is None else self.quantize.measure
+        if measure is None or measure.texts or measure.validation:
+            return measure
+        tasks = [task for task in self.evaluate if isinstance(task, PerplexityTask)]
+        files = list({name: path for task in tasks for name, path in task.texts.items()}.items())[:DEFAULT_TEXTS]
+        trained = dict.fromkeys(stage.mixture for stage in reversed(self.train))
+        keep = [name for name in trained if name in self._keeps_validation][: DEFAULT_TEXTS - len(files)]
+        return measure.model_copy(update={"texts": dict(files), "validation": keep}) if files or keep else None
+
+    def _variants_can_be_measured(self) -> None:
+        if self.quantize is None or self.quantize.measure is None:
+            return
+        place = ("quantize", "measure")
+        for mixture in self.quantize.measure.validation:
+            _known(mixture, self.data.mixtures, (*place, "validation"), "mixture")
+            if mixture not in self._keeps_validation:
+                problem = f"mixture `{mixture}` keeps no validation samples"
+                raise _wrong(place, problem, "give a source of it `val_split`")
+        if self.publish and self.measured_on is None:
+            problem = "variants are published, and there is no text to measure them on"
+            raise _wrong(place, problem, "name some: `texts: {WikiText-2 test: FILE}`; or set `measure: null`")
 
     def _extra_tokens_are_some(self) -> None:
         tokens = self.data.extra_tokens
@@ -116,8 +152,7 @@ class Recipe(Strict):
 
     def _validation_is_there(self) -> None:
         """Refuse what reads validation samples of a mixture that keeps none, or that a base cannot read."""
-        keeps = {name for name, m in self.data.mixtures.items() if any(source.val_split for source in m.sources)}
-        fix = "give a source of it `val_split`"
+        keeps, fix = self._keeps_validation, "give a source of it `val_split`"
         for number, stage in enumerate(self.train):
             if stage.eval_every and stage.mixture not in keeps:
                 problem = f"mixture `{stage.mixture}` keeps no validation samples"

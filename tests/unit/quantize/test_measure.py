@@ -14,7 +14,7 @@ from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
 from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.gate import judge
-from llamero.quantize.measure import measure, refuse_what_was_calibrated_on, results
+from llamero.quantize.measure import measure, refuse_what_was_calibrated_on, results_of
 from llamero.quantize.run import run
 
 VARIANTS = ("gptq-8bit-32g-actorder_True", "rtn-2bit--1g")
@@ -79,7 +79,7 @@ def test_numbers_are_those_of_whole_models(models, texts):
 
 def test_results_say_how_they_were_got(models, texts):
     each = measured(models, texts, VARIANTS[0])[VARIANTS[0]]
-    found = results(each, tokenizer="t")
+    found = results_of(each, tokenizer="t")
     assert [(r.task, r.inputs["text"]) for r in found] == [
         ("perplexity", "one"), ("agreement", "one"), ("perplexity", "two"), ("agreement", "two"),
     ]  # fmt: skip

@@ -1,0 +1,117 @@
+"""From quantizing to a release that holds back what is not good enough; the models are random, the files are real."""
+
+import json
+import random
+
+import pytest
+
+from llamero import pipeline
+from llamero.model.config import LlamaConfig
+from llamero.model.llama import Llama, initialize
+from llamero.model.load import save_model
+from llamero.model.rope import Default
+from llamero.quantize import measure
+from llamero.recipe.load import load
+from llamero.text.tokenizer import train_bpe
+
+FINE, POOR = "gptq-8bit-32g-actorder_True", "rtn-2bit--1g"
+RECIPE = f"""\
+name: small
+base: base
+quantize:
+  calibration: {{text: calibration.txt, sequence: 32, tokens: 640}}
+  variants: [{FINE}, {POOR}]
+  measure: {{texts: {{"one, test": one.txt, "two, test": two.txt}}, tokens: 200}}
+  max_kl: 0.3
+evaluate:
+  - {{tasks: perplexity, texts: {{three: three.txt}}, models: [variants], window: 32, stride: 16, tokens: 100}}
+publish: {{license: apache-2.0}}
+"""
+NAMES = ("calibration", "one", "two", "three")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recipe")
+    words = ["cat", "mat", "sat", "the", "on", "of", "moon", "a", "ship", "red"]
+    for seed, name in enumerate(NAMES):
+        draw = random.Random(seed)
+        (root / f"{name}.txt").write_text(" ".join(draw.choice(words) for _ in range(1500)))
+    tokenizer = train_bpe(iter(["the cat sat on the mat of a red moon ship\n"] * 3), vocab_size=280)
+    model = Llama(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            rope=Default(10000.0, 16),
+            max_position_embeddings=64,
+        )
+    )
+    initialize(model, seed=1, std=0.3)
+    (root / "base").mkdir()
+    save_model(model, root / "base")
+    tokenizer.save(root / "base")
+    (root / "recipe.yaml").write_text(RECIPE)
+    return root
+
+
+def run(root, *overrides):
+    recipe = load(root / "recipe.yaml", overrides)
+    outcome = pipeline.run(recipe, root=root, out=root / "run")
+    made = [row.stage for row in outcome.rows if row.state == "made"]
+    release = outcome.release
+    branches = sorted(path.name for path in (release / "small-GPTQ").glob("*/")) if release else []
+    return outcome, made, branches
+
+
+def test_what_is_too_far_from_the_original_stays_at_home(root):
+    outcome, made, branches = run(root)
+    assert made == [
+        "tokenizer", FINE, POOR, "measure-base", f"measure-{FINE}", f"measure-{POOR}", f"evaluate-perplexity-{FINE}",
+        "release",
+    ]  # fmt: skip
+    assert branches == [FINE]
+    assert list(outcome.faults) == [POOR]
+    assert not outcome.faults[POOR].published
+    told = {(r.model, r.task, r.inputs["text"]): r for r in outcome.results}
+    kl = {(model, text): r.metrics["kl"] for (model, task, text), r in told.items() if task == "agreement"}
+    assert 0 < kl[FINE, "one, test"] < 0.3 < max(kl[POOR, f"{n}, test"] for n in ("one", "two"))
+    assert ("base", "perplexity", "two, test") in told
+    assert "window 64, stride 32" in told[FINE, "agreement", "one, test"].protocol
+    (report,) = (root / "run").glob(f"measure-{POOR}-*")
+    assert json.loads((report / "artifact.json").read_text())["summary"]["texts"][1]["top1"] < 1
+    assert json.loads((report / "seconds.json").read_text())["seconds"] > 0
+    card = (outcome.release / "small-GPTQ/README.md").read_text()
+    assert f"- **{POOR}**" in card
+    assert "more than 0.3" in card
+
+    outcome, made, _ = run(root)
+    assert made == []
+
+    outcome, made, branches = run(root, f"quantize.publish_anyway=[{POOR}]")
+    assert made == [f"evaluate-perplexity-{POOR}", "release"]
+    assert branches == sorted([FINE, POOR])
+    assert outcome.faults[POOR].published
+    assert "published all the same" in (outcome.release / "small-GPTQ/README.md").read_text()
+
+    outcome, made, branches = run(root, "quantize.max_kl=100")
+    assert made == ["release"]
+    assert branches == sorted([FINE, POOR])
+    assert not outcome.faults
+
+    outcome, made, branches = run(root, "quantize.max_kl=0.0000001")
+    assert made == ["release"]
+    assert branches == []
+    card = (outcome.release / "small/README.md").read_text()
+    assert FINE in card
+    assert "more than 1e-07" in card
+
+
+def test_what_calibrates_under_another_form_is_found_by_its_tokens(root):
+    (root / "other.txt").write_text((root / "calibration.txt").read_text()[:1400] + " the end")
+    with pytest.raises(measure.LlameroError, match="% of it was calibrated on"):
+        run(root, "quantize.measure={texts: {other: other.txt}, tokens: 200}")
