@@ -145,7 +145,8 @@ def refuse_what_was_calibrated_on(texts: Sequence[Text], calibration: Sequence[T
     Raises:
         LlameroError: Naming the text, and how much of it was calibrated on.
     """
-    known = {run for ids in calibration for run in _runs(ids.numpy(), step=1)}
+    # sequences are cut from one text, wherever their ends fall
+    known = set(_runs(torch.cat(list(calibration)).numpy(), step=1)) if len(calibration) else set[bytes]()
     for text in texts:
         runs = list(_runs(np.asarray(text.ids), step=RUN))
         shared = sum(run in known for run in runs)
