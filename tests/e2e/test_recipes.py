@@ -73,7 +73,7 @@ def contents(run):
     """Return the digest-named artifacts of a run and the bytes of their files, logs of time left out."""
     found = {}
     for path in sorted(run.glob("*-*/**/*")):
-        if path.is_file() and path.name != "metrics.jsonl" and ".partial" not in str(path):
+        if path.is_file() and path.name not in ("metrics.jsonl", "seconds.json") and ".partial" not in str(path):
             found[str(path.relative_to(run))] = path.read_bytes()
     return found
 
@@ -105,6 +105,9 @@ def test_a_changed_key_redoes_exactly_what_depends_on_it(whole, tmp_path):
             "train-sft",
             "gptq-4bit-32g-actorder_True",
             "rtn-4bit-32g",
+            "measure-sft",
+            "measure-gptq-4bit-32g-actorder_True",
+            "measure-rtn-4bit-32g",
             "evaluate-toy_world-sft",
             "evaluate-toy_world-gptq-4bit-32g-actorder_True",
             "evaluate-toy_world-rtn-4bit-32g",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llamero.core.results import Result
     from llamero.data.stats import Lengths, SourceStats
     from llamero.pipeline import Outcome, Row
+    from llamero.quantize.gate import Verdict
 
 out = Console(emoji=False)  # a place such as `file.jsonl:100:` is no emoji
 err = Console(stderr=True, emoji=False)
@@ -96,6 +97,7 @@ def say_outcome(outcome: Outcome) -> None:
         table.add_row(row.path.name, row.state, f"{row.seconds:.1f}" if row.state == "made" else "")
     out.print(table)
     say_left_out(outcome.left_out)
+    say_faults(outcome.faults)
     if outcome.results:
         say_results(outcome.results)
     if all(row.state == "kept" for row in outcome.rows):
@@ -113,6 +115,15 @@ def say_left_out(variants: Mapping[str, str]) -> None:
         out.print(f"{len(variants)} of the default variants cannot be made of this model:", highlight=False)
     for name, why in variants.items():
         out.print(f"  {name}: {why}", highlight=False, soft_wrap=True)
+
+
+def say_faults(verdicts: Mapping[str, Verdict]) -> None:
+    """Say which variants are not published, or are all the same, and what is wrong with them."""
+    for name, verdict in verdicts.items():
+        said = "published all the same" if verdict.published else "not published"
+        out.print(
+            f"[bold]{said}[/bold]: {escape(name)}: {escape(str(verdict.reason))}", highlight=False, soft_wrap=True
+        )
 
 
 def say_results(found: Sequence[Result]) -> None:

@@ -7,19 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llamero.checkpoint import hf, packed
 from llamero.model.linear import PackedLinear
 from llamero.model.llama import Block, Llama
-from llamero.model.load import (
-    EMBEDDING,
-    HEAD,
-    check_codes,
-    empty_model,
-    load_config,
-    make_room_for_codes,
-    put,
-    stored_names,
-)
+from llamero.model.load import EMBEDDING, check_codes, open_model, put, stored_names
+
+_TABLE = EMBEDDING.removesuffix("weight")
 
 
 class Layered:
@@ -36,19 +28,15 @@ class Layered:
     def __init__(
         self, directory: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
-        self.config = load_config(directory)
         self.dtype, self.device = dtype, torch.device(device)
-        self._model = empty_model(self.config)
-        self._tensors = hf.open_tensors(directory)
-        layout = packed.read_format(directory)
-        if layout is not None:
-            make_room_for_codes(self._model, self._tensors, layout)
+        self._model, self._tensors, _ = open_model(directory, dtype=dtype)
+        self.config = self._model.config
         self._stored = stored_names(self._model, self._tensors)
 
     @contextmanager
     def embedding(self) -> Iterator[Llama]:
-        """Lend the model with nothing in it but the embedding, in the dtype of its file."""
-        with self._filled(EMBEDDING, dtype=None):
+        """Lend the model with nothing in it but the embedding and the last normalization, in the dtype of the files."""
+        with self._filled(_TABLE, "model.norm.", dtype=None):
             yield self._model
 
     @contextmanager
@@ -71,10 +59,11 @@ class Layered:
     @contextmanager
     def end(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Lend the last normalization and the head."""
-        tied = HEAD not in self._stored and self.config.tie_word_embeddings
-        with self._filled("model.norm.", EMBEDDING if tied else "lm_head.", dtype=self.dtype):
+        tied = (_TABLE,) if self.config.tie_word_embeddings else ()
+        with self._filled("model.norm.", "lm_head.", *tied, dtype=self.dtype):
             self._model.tie()
-            yield self._model.model.norm, self._model.lm_head
+            head = self._model.lm_head
+            yield self._model.model.norm, head.dense(self.dtype) if isinstance(head, PackedLinear) else head
 
     @contextmanager
     def _filled(self, *prefixes: str, dtype: torch.dtype | None) -> Iterator[None]:

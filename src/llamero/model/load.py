@@ -51,27 +51,32 @@ def load_model(
         model = load_model(base_of(directory), dtype=dtype, device=device, pack=pack)
         load_adapter(model, directory)
         return model.eval()
-    in_gguf = gguf.find(directory)
-    if in_gguf is not None:
-        return _load_gguf(in_gguf, dtype=dtype, device=device, pack=pack)
-    model = empty_model(load_config(directory))
-    layout = packed.read_format(directory)
-    tensors = hf.open_tensors(directory)
-    if layout is not None:
-        make_room_for_codes(model, tensors, layout)
+    model, tensors, dtype = open_model(directory, dtype=dtype)
     fill(model, tensors, dtype=dtype, device=device, pack=pack)
     check_codes(model, tensors)
     return model.eval()
 
 
-def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: str | torch.device, pack: str | None) -> Llama:
-    """Return the model of a GGUF file; its norms and tables are of one dtype, whatever the file mixes."""
-    found = gguf_files.open_model(path)
-    model, dtype = empty_model(found.config), dtype or found.dtype
-    make_room(model, found.kinds, dtype=dtype)
-    model.tie()
-    fill(model, found.tensors, dtype=dtype, device=device, pack=pack)
-    return model.eval()
+def open_model(directory: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, hf.Tensors, torch.dtype | None]:
+    """Return a model without storage, with room for what its files hold packed; its tensors, and their dtype.
+
+    Args:
+        directory: A Hugging Face model directory, quantized or not, or a GGUF file.
+        dtype: Dtype that is wanted; `None` keeps that of the files. Norms and tables of a GGUF file are of one dtype,
+            whatever the file mixes.
+    """
+    in_gguf = gguf.find(directory)
+    if in_gguf is not None:
+        found = gguf_files.open_model(in_gguf)
+        model, dtype = empty_model(found.config), dtype or found.dtype
+        make_room(model, found.kinds, dtype=dtype)
+        model.tie()
+        return model, found.tensors, dtype
+    model = empty_model(load_config(directory))
+    layout, tensors = packed.read_format(directory), hf.open_tensors(directory)
+    if layout is not None:
+        make_room_for_codes(model, tensors, layout)
+    return model, tensors, dtype
 
 
 def empty_model(config: LlamaConfig) -> Llama:

@@ -115,6 +115,16 @@ def test_a_walk_sees_what_the_whole_model_sees_bit_for_bit(tmp_path, texts, chan
             assert torch.equal(whole.model.norm(state), hidden)
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("Q8_0", False), ("Q4_0", True), ("F16", True)])
+def test_a_gguf_file_is_walked_through_like_a_directory(tmp_path, texts, gguf_of, kind, tied):
+    original = made(tmp_path / "m", tie_word_embeddings=tied)
+    path = gguf_of(load_model(original), tmp_path / "m.gguf", kind=kind)  # which leaves the model as it rounds it
+    for text, found in zip(texts, measured(original, path, texts), strict=True):
+        kl, nll, _ = brute_force(original, path, text)
+        assert found.agreement.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)  # float32
+        assert math.log(found.perplexity.value) == pytest.approx(nll, rel=1e-6)
+
+
 def test_perplexity_is_the_one_that_evaluate_reports(models, texts):
     found = measured(models["original"], models["rtn-2bit--1g"], texts)
     model = load_model(models["rtn-2bit--1g"], dtype=torch.float32)
