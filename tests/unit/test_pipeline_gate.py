@@ -63,9 +63,13 @@ def run(root, *overrides):
     recipe = load(root / "recipe.yaml", overrides)
     outcome = pipeline.run(recipe, root=root, out=root / "run")
     made = [row.stage for row in outcome.rows if row.state == "made"]
-    release = outcome.release
-    branches = sorted(path.name for path in (release / "small-GPTQ").glob("*/")) if release else []
+    assert outcome.release is not None
+    branches = sorted(path.name for path in (outcome.release / "small-GPTQ").glob("*/"))
     return outcome, made, branches
+
+
+def card(root, name):
+    return (root / "run/release" / name / "README.md").read_text()
 
 
 def test_what_is_too_far_from_the_original_stays_at_home(root):
@@ -77,17 +81,17 @@ def test_what_is_too_far_from_the_original_stays_at_home(root):
     assert branches == [FINE]
     assert list(outcome.faults) == [POOR]
     assert not outcome.faults[POOR].published
-    told = {(r.model, r.task, r.inputs["text"]): r for r in outcome.results}
-    kl = {(model, text): r.metrics["kl"] for (model, task, text), r in told.items() if task == "agreement"}
+    numbers = {(r.model, r.task, r.inputs["text"]): r for r in outcome.results}
+    kl = {(model, text): r.metrics["kl"] for (model, task, text), r in numbers.items() if task == "agreement"}
     assert 0 < kl[FINE, "one, test"] < 0.3 < max(kl[POOR, f"{n}, test"] for n in ("one", "two"))
-    assert ("base", "perplexity", "two, test") in told
-    assert "window 64, stride 32" in told[FINE, "agreement", "one, test"].protocol
+    assert ("base", "perplexity", "two, test") in numbers
+    assert "window 64, stride 32" in numbers[FINE, "agreement", "one, test"].protocol
     (report,) = (root / "run").glob(f"measure-{POOR}-*")
     assert json.loads((report / "artifact.json").read_text())["summary"]["texts"][1]["top1"] < 1
     assert json.loads((report / "seconds.json").read_text())["seconds"] > 0
-    card = (outcome.release / "small-GPTQ/README.md").read_text()
-    assert f"- **{POOR}**" in card
-    assert "more than 0.3" in card
+    told = card(root, "small-GPTQ")
+    assert f"- **{POOR}**" in told
+    assert "more than 0.3" in told
 
     outcome, made, _ = run(root)
     assert made == []
@@ -96,7 +100,7 @@ def test_what_is_too_far_from_the_original_stays_at_home(root):
     assert made == [f"evaluate-perplexity-{POOR}", "release"]
     assert branches == sorted([FINE, POOR])
     assert outcome.faults[POOR].published
-    assert "published all the same" in (outcome.release / "small-GPTQ/README.md").read_text()
+    assert "published all the same" in card(root, "small-GPTQ")
 
     outcome, made, branches = run(root, "quantize.max_kl=100")
     assert made == ["release"]
@@ -106,9 +110,9 @@ def test_what_is_too_far_from_the_original_stays_at_home(root):
     outcome, made, branches = run(root, "quantize.max_kl=0.0000001")
     assert made == ["release"]
     assert branches == []
-    card = (outcome.release / "small/README.md").read_text()
-    assert FINE in card
-    assert "more than 1e-07" in card
+    told = card(root, "small")
+    assert FINE in told
+    assert "more than 1e-07" in told
 
 
 def test_what_calibrates_under_another_form_is_found_by_its_tokens(root):
