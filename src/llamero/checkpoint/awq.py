@@ -37,6 +37,8 @@ class Format:
     title: ClassVar[str] = "AWQ"
     marker: ClassVar[str] = "qweight"
     """Tensor by which a packed layer is recognised in files."""
+    config_file: ClassVar[str] = "quant_config.json"
+    """File beside config.json, in the words of the first AWQ files."""
 
     def groups(self, inputs: int) -> int:
         """Return how many groups a layer with so many inputs has."""
@@ -94,6 +96,10 @@ class Format:
     def damage(self, stored: Mapping[str, Tensor]) -> str:
         """Return what is wrong with the tensors, or nothing."""
         return ""
+
+    def config_beside(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `config_file` says where config.json says `keys`."""
+        return {"zero_point": True, "q_group_size": keys["group_size"], "w_bit": keys["bits"], "version": "GEMM"}
 
     def config(self, *, sym: bool, actorder: Actorder = "none", damp: float | None = None) -> dict[str, Any]:
         """Return the `quantization_config` of a config.json; the format itself always has zero points."""

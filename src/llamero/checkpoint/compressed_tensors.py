@@ -40,6 +40,8 @@ class Format:
     title: ClassVar[str] = "compressed-tensors"
     marker: ClassVar[str] = "weight_packed"
     """Tensor by which a packed layer is recognised in files."""
+    config_file: ClassVar[str] = ""
+    """There is no file beside config.json: one that is meant for other formats would mislead their readers."""
 
     def groups(self, inputs: int) -> int:
         """Return how many groups a layer with so many inputs has."""
@@ -115,6 +117,10 @@ class Format:
     def damage(self, stored: Mapping[str, Tensor]) -> str:
         """Return what is wrong with the tensors, or nothing."""
         return ""
+
+    def config_beside(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
 
     def config(self, *, sym: bool, actorder: Actorder = "none", damp: float | None = None) -> dict[str, Any]:
         """Return the `quantization_config` of a config.json: what loaders ask for and no local path.

@@ -59,6 +59,8 @@ class Format:
     title: ClassVar[str] = "GPTQ"
     marker: ClassVar[str] = "qweight"
     """Tensor by which a packed layer is recognised in files."""
+    config_file: ClassVar[str] = "quantize_config.json"
+    """File beside config.json that readers look into too, some of them first."""
 
     def groups(self, inputs: int) -> int:
         """Return how many groups a layer with so many inputs has."""
@@ -120,6 +122,10 @@ class Format:
         """Return what is wrong with the tensors, or nothing."""
         groups, low, high = len(stored["scales"]), int(stored["g_idx"].min()), int(stored["g_idx"].max())
         return f"g_idx names groups {low} to {high}, there are {groups}" if low < 0 or high >= groups else ""
+
+    def config_beside(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `config_file` says where config.json says `keys`: the same."""
+        return dict(keys)
 
     def config(self, *, sym: bool, actorder: Actorder = "none", damp: float | None = None) -> dict[str, Any]:
         """Return the `quantization_config` of a config.json: what loaders ask for and no local path.

@@ -95,8 +95,11 @@ def _vllm_compressed(file: Quantized) -> Verdict:
     return Verdict(True, "" if file.bits == 4 else "on a GPU")
 
 
-def _transformers_gptq(file: Quantized) -> Verdict:
-    return Verdict(True, "with gptqmodel and optimum")
+def _gptqmodel(file: Quantized) -> Verdict:
+    """Transformers hands both to GPTQModel, whose kernel for CPUs has no groups of whole rows."""
+    beside = "gptqmodel" if file.layout == "awq" else "gptqmodel and optimum"
+    on_gpu = file.bits == 4 and file.group_size == -1
+    return Verdict(True, f"with {beside}, on a GPU" if on_gpu else f"with {beside}")
 
 
 def _exllama(file: Quantized) -> Verdict:
@@ -156,9 +159,9 @@ LOADERS = (
         "Transformers",
         "5.23",
         {
-            "gptq": _transformers_gptq,
-            "gptq_v2": _transformers_gptq,
-            "awq": _always("with gptqmodel"),
+            "gptq": _gptqmodel,
+            "gptq_v2": _gptqmodel,
+            "awq": _gptqmodel,
             "compressed-tensors": _always("with compressed-tensors 0.15 or later"),
             "gguf": _always("with gguf; it decodes the weights as it loads"),
             "bitsandbytes": _always("with bitsandbytes"),

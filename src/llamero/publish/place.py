@@ -23,6 +23,7 @@ PUBLISHED = (
     "config.json",
     "generation_config.json",
     "quantize_config.json",
+    "quant_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer.json",

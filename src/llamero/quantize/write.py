@@ -1,9 +1,10 @@
 """A quantized model directory in the making: layers are written as they are solved."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -131,18 +132,19 @@ class VariantWriter:
         self._shards.close()
         carry_over(self._source, self.directory)
         variant = self._variant
-        quantization = variant.format.config(sym=variant.sym, actorder=variant.actorder, damp=damp)
+        layout = variant.format
+        quantization = layout.config(sym=variant.sym, actorder=variant.actorder, damp=damp)
         config = {
-            **hf.read_config(self._source),
+            **without_paths(hf.read_config(self._source)),
             "torch_dtype": _name(self._dtype),
             "quantization_config": quantization,
         }
-        config.pop("_name_or_path", None)  # often a path on the machine of its maker
+        config.pop("_name_or_path", None)  # of another model
         if "dtype" in config:
             config["dtype"] = _name(self._dtype)
-        files.write_json(self.directory / "quantize_config.json", quantization)
-        files.write_json(self.directory / "config.json", config)
-        for name in ("quantize_config.json", "config.json"):
+        written = {layout.config_file: layout.config_beside(quantization)} if layout.config_file else {}
+        for name, keys in (written | {"config.json": config}).items():
+            files.write_json(self.directory / name, keys)
             (self.directory / name).chmod(0o644)
         return sum(path.stat().st_size for path in self._shards.paths)
 
@@ -191,16 +193,31 @@ def widths(model: Llama) -> set[tuple[int, int]]:
 
 
 def carry_over(source: Path, directory: Path) -> None:
-    """Copy tokenizer, generation settings, chat template and licence."""
+    """Copy tokenizer, generation settings, chat templates and licence, byte for byte.
+
+    Only a `tokenizer_config.json` that names files of its maker's machine is written anew, without them.
+    """
     for name in CARRIED:
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
             (directory / name).chmod(0o644)
+    said = directory / "tokenizer_config.json"
+    if said.exists() and (keys := hf.read_json(said)) != without_paths(keys):
+        files.write_json(said, without_paths(keys))
+        said.chmod(0o644)
     known = {*CARRIED, "config.json"}
     weights = (".safetensors", ".bin", ".index.json", ".pth", ".gguf")
     left = sorted(p.name for p in source.iterdir() if p.name not in known and not p.name.endswith(weights))
     if left:
         log.info("not carried over from %s: %s", source, ", ".join(left))
+
+
+def without_paths(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without the keys whose values are paths of its maker's machine."""
+    return {key: value for key, value in keys.items() if not (isinstance(value, str) and _PATH.fullmatch(value))}
+
+
+_PATH = re.compile(r"(~|\.\.?)[/\\]\S+|([A-Za-z]:)?([/\\][^/\\\s]+){2,}")
 
 
 def _name(dtype: torch.dtype) -> str:

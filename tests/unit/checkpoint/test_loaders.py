@@ -58,5 +58,7 @@ def test_whoever_refuses_says_what():
 
 def test_a_verdict_names_what_else_is_needed():
     assert verdicts(File())["Transformers"].why == "with gptqmodel and optimum"
+    assert verdicts(File(group_size=-1))["Transformers"].why == "with gptqmodel and optimum, on a GPU"
+    assert verdicts(File(layout="awq"))["Transformers"].why == "with gptqmodel"
     assert verdicts(File(layout="gguf"))["vLLM"].why == "with vllm-gguf-plugin"
     assert len({loader.name for loader in LOADERS}) == len(LOADERS)
