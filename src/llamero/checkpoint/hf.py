@@ -106,8 +106,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return config.json."""
-    _refuse_gguf(directory)
     if not (directory / "config.json").exists():
+        _refuse_gguf(directory)
         raise LlameroError(
             "not a model directory: it has no config.json",
             where=directory,

@@ -19,6 +19,8 @@ from llamero.core.errors import LlameroError
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "adapter_config.json")
+"""Files beside which GGUF files of a directory are not what it stands for."""
 VERSION = 3
 READ_VERSIONS = (2, 3)
 ALIGNMENT = 32
@@ -208,7 +210,7 @@ def read_header(path: Path) -> Header:
 def find(path: Path) -> Path | None:
     """Return the GGUF file that a path stands for; `None` if it stands for something else.
 
-    A file is one by its first bytes or its suffix, a directory if it holds one model in GGUF and no config.json. Of a
+    A file is one by its first bytes or its suffix, a directory if it holds one model in GGUF and no other weights. Of a
     split model it is the first part.
 
     Raises:
@@ -217,11 +219,13 @@ def find(path: Path) -> Path | None:
     if path.is_file():
         with path.open("rb") as file:
             found = [path] if path.suffix == SUFFIX or file.read(len(MAGIC)) == MAGIC else []
-    elif (path / "config.json").exists() or (path / "adapter_config.json").exists():
+    elif any(True for pattern in OTHER_WEIGHTS for _ in path.glob(pattern)):
         found = []
     else:
         found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
     models = sorted({_first_part(each) for each in found})
+    if len(models) > 1:  # an importance matrix or a part for images is no model
+        models = [each for each in models if read_header(each).metadata.get("general.type", "model") == "model"]
     if len(models) > 1:
         raise LlameroError(
             f"holds {len(models)} models in GGUF: {', '.join(each.name for each in models)}",

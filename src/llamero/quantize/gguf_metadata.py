@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamero.checkpoint import hf
+from llamero.checkpoint.gguf_names import SAMPLING
 from llamero.core.errors import LlameroError
 from llamero.core.gguf import Value
 from llamero.model.config import LlamaConfig
@@ -19,15 +20,6 @@ from llamero.text.tokenizer import load_tokenizer
 
 QUANTIZATION_VERSION = 2
 """Of the block formats; since May 2023."""
-
-SAMPLING = {
-    "temperature": ("temp", "float32"),
-    "top_k": ("top_k", "int32"),
-    "top_p": ("top_p", "float32"),
-    "min_p": ("min_p", "float32"),
-    "repetition_penalty": ("penalty_repeat", "float32"),
-}
-"""Keys of generation_config.json, and how GGUF calls and stores them."""
 
 
 def metadata(source: Path, config: LlamaConfig, mix: str, *, name: str | None = None) -> Written:

@@ -212,7 +212,10 @@ def test_a_directory_with_one_model_in_gguf_stands_for_it(gguf_of, tmp_path):
     with pytest.raises(LlameroError, match=r"holds 2 models in GGUF: model\.gguf, other\.gguf") as caught:
         resolve_model(tmp_path)
     assert caught.value.fix == "name one of them"
-    (tmp_path / "config.json").write_text("{}")  # then it is a Hugging Face directory
+    gguf_of(model, tmp_path / "other.gguf", change={"general.type": "imatrix"})
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(tmp_path) == tmp_path / "model.gguf"
+    (tmp_path / "model.safetensors").write_text("")  # then it is a Hugging Face directory
     assert resolve_model(tmp_path) == tmp_path
 
 
