@@ -21,7 +21,11 @@ __all__ = ["load_model", "load_tokenizer", "render", "run"]
 
 
 def load_model(
-    path: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] | None = None, device: str = "cpu"
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    device: str = "cpu",
+    products: Literal["fast", "plain"] = "fast",
 ) -> Llama:
     """Return a model as a torch module: int64 ids [batch, time] → logits [batch, time, vocabulary].
 
@@ -30,6 +34,8 @@ def load_model(
             `owner/name[:revision]` of the hub.
         dtype: Dtype of weights and products; that of the files by default.
         device: Where to put it.
+        products: How quantized layers compute: `fast` lets their codes rest in another form than that of the files,
+            `plain` dequantizes every time; `llamero.model.linear.ways` says what became of it.
 
     Raises:
         LlameroError: The directory is not a model, or not one that we understand in full.
@@ -41,7 +47,7 @@ def load_model(
 
     if dtype is not None and dtype not in DTYPES:
         raise LlameroError(f"unknown dtype `{dtype}`", fix=did_you_mean(dtype, DTYPES))
-    return load(resolve_model(path), dtype=None if dtype is None else DTYPES[dtype], device=device)
+    return load(resolve_model(path), dtype=None if dtype is None else DTYPES[dtype], device=device, products=products)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

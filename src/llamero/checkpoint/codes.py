@@ -1,6 +1,7 @@
 """Low-bit codes of weight matrices, and the dense bit streams that most formats store them as."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ class GroupCodes:
         """Return the weights that the codes stand for; exact in float32 (11 bits times at most 9)."""
         group = self.g_idx.long()
         steps = self.codes.to(dtype) - self.zeros.to(dtype)[:, group]
-        return steps * self.scales.to(dtype)[:, group]
+        return steps.mul_(self.scales.to(dtype)[:, group])
 
 
 def pack(codes: UInt8[Tensor, "n columns"], bits: int) -> Int[Tensor, "words columns"]:
@@ -70,6 +71,12 @@ def unpack(stream: Int[Tensor, "words columns"], bits: int) -> UInt8[Tensor, "n 
     values, words = period(bits)
     parts = stream.unflatten(0, (-1, words))  # (periods, words, columns)
     codes = torch.empty(parts.shape[0], values, *stream.shape[1:], dtype=torch.uint8, device=stream.device)
+    if words == 1 and sys.byteorder == "little":  # whole codes in every byte: work on bytes, of which more go at once
+        bytes_ = stream.reshape(-1).contiguous().view(torch.uint8).view(len(parts), *stream.shape[1:], 4)
+        for i in range(values):
+            byte, shift = divmod(i * bits, 8)
+            codes[:, i] = (bytes_[..., byte] >> shift) & ((1 << bits) - 1)
+        return codes.flatten(0, 1)
     mask = (1 << bits) - 1
     for i in range(values):
         word, shift = divmod(i * bits, 32)

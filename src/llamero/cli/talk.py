@@ -45,6 +45,8 @@ class Answering:
     """Same seed, same text."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision to compute in."""
+    products: Literal["fast", "plain"] = "fast"
+    """Of quantized layers: fast lets codes rest as the fastest product wants them, plain dequantizes every time."""
 
     def sampling(self, directory: Path) -> Sampling:
         """Return how tokens are chosen: as asked, else as the model's directory says."""
@@ -63,14 +65,18 @@ class Answering:
         """Return a model and its tokenizer."""
         import llamero
         from llamero.infer.context import check_tokenizer
+        from llamero.model.linear import ways
 
         with Bars():
-            loaded, tokenizer = llamero.load_model(model, dtype=self.dtype), llamero.load_tokenizer(model)
+            loaded = llamero.load_model(model, dtype=self.dtype, products=self.products)
+            tokenizer = llamero.load_tokenizer(model)
         check_tokenizer(loaded, tokenizer, where=model)
         weights = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
         unit = 1 if sys.platform == "darwin" else 1024  # systems differ in what they count
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         err.print(f"[dim]model {size(weights)} in memory, peak of the process {size(peak)}[/dim]", highlight=False)
+        for way, layers in ways(loaded).items():
+            err.print(f"[dim]{layers} quantized layers: {escape(way)}[/dim]", highlight=False)
         return loaded, tokenizer
 
 

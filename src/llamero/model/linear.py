@@ -1,6 +1,7 @@
 """Linear layers: plain, and with weights that rest as low-bit codes; and the encoders that need no data."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from llamero.checkpoint import awq, compressed_tensors, gptq, packed
 from llamero.core.errors import LlameroError
+from llamero.kernels import low_bit, w4a16
 from llamero.model import nf4, rtn
 
 
@@ -118,6 +120,14 @@ class PackedLinear(nn.Module):
         x = x.to(_compute_dtype(x))
         return _PackedProduct.apply(x, None if self.bias is None else self.bias.to(x.dtype), self)
 
+    def product(self, x: Float[Tensor, "... d"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "... out"]:
+        """Return `x @ weight.T + bias` in the dtype of `x`; the plain way, and the oracle of the others."""
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+    def way(self) -> str:
+        """Return how it computes, for a report."""
+        return "dequantized for every product"
+
 
 class _PackedProduct(torch.autograd.Function):
     """`x @ weight.T + bias` that keeps the codes; autograd would keep the weight itself until the backward pass."""
@@ -125,7 +135,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype), bias)
+        return layer.product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -163,6 +173,12 @@ class GroupLinear(PackedLinear):
         for name, spec in specs.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
         self.names = tuple(name for name in specs if name != "weight_shape")
+        self.slow_because = ""
+        """Why there is no faster way; nothing where none was looked for."""
+
+    def way(self) -> str:
+        """Return how it computes, for a report."""
+        return super().way() + (f" ({self.slow_because})" if self.slow_because else "")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the codes of all of the layer."""
@@ -215,6 +231,40 @@ class Nf4Linear(PackedLinear):
     def _cut(self, codes: Mapping[str, Tensor], share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
         parts, self._place = nf4.cut(codes, self.whole, share, of, outputs=outputs)
         return parts
+
+
+class ReadyLinear(PackedLinear):
+    """A packed linear layer whose codes rest as a fast product wants them, and no longer as in files.
+
+    For use, not for being spread over processes. Its weights are those of the layer that it was made of, to the last
+    bit; what a product makes of them is said in `kernels/low_bit.py`.
+
+    Args:
+        layer: The layer it stands for.
+        form: Its codes.
+    """
+
+    names = ()
+
+    def __init__(self, layer: PackedLinear, form: low_bit.Form) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.bias = layer.bias
+        self.form = form
+
+    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight, computed in float32 (or wider, if that is asked for) and rounded once."""
+        return self.form.weight(dtype)
+
+    def product(self, x: Float[Tensor, "... d"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "... out"]:
+        """Return `x @ weight.T + bias` in the dtype of `x`."""
+        if x.dtype not in low_bit.SUMS:
+            return super().product(x, bias)
+        y = self.form(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if bias is None else y.add_(bias)
+
+    def way(self) -> str:
+        """Return how it computes, for a report."""
+        return self.form.title
 
 
 LAYERS: dict[type[packed.Format], type[GroupLinear]] = {
@@ -305,3 +355,26 @@ def shells(model: nn.Module, form: str) -> list[str]:
     for name, layer in found.items():
         model.set_submodule(name, shell(layer, form))
     return list(found)
+
+
+@torch.no_grad()
+def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the packed layers of a model compute the fastest way there is, where it is not the plain one.
+
+    Args:
+        model: With its codes loaded, on the device where it will stay.
+        dtype: Of the activations.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, GroupLinear):
+            coded = layer.layout.decode(layer.codes())
+            form = (w4a16 if coded.codes.is_cuda else low_bit).prepare(coded, dtype)
+            if isinstance(form, low_bit.Form):
+                model.set_submodule(name, ReadyLinear(layer, form).train(layer.training))
+            else:
+                layer.slow_because = form
+
+
+def ways(model: nn.Module) -> dict[str, int]:
+    """Return how the packed layers of a model compute, and how many each way; empty for a plain model."""
+    return dict(Counter(layer.way() for layer in model.modules() if isinstance(layer, PackedLinear)))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from llamero.model.adapter_files import base_of, load_adapter
 from llamero.model.adapters import LoraLinear
 from llamero.model.config import LlamaConfig, from_hf
 from llamero.model.kquant_linear import make_room
-from llamero.model.linear import LAYERS, PackedLinear, encode
+from llamero.model.linear import LAYERS, PackedLinear, encode, make_ready
 from llamero.model.llama import Block, Llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Products = Literal["fast", "plain"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,6 +37,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     pack: str | None = None,
+    products: Products = "fast",
 ) -> Llama:
     """Return the model of a directory, in evaluation mode, tensor by tensor (peak = model + one tensor).
 
@@ -46,14 +49,18 @@ def load_model(
         dtype: Dtype of the weights and, where those are packed, of the computation; `None` keeps that of the files.
         device: Where to put it.
         pack: Form to encode the linear layers of decoder blocks in as they come (`linear.encode`).
+        products: Whether packed layers may rest in another form than that of the files, which is faster to compute
+            with (`kernels/low_bit.py`), or dequantize for every product.
     """
     if peft.is_adapter(directory):
-        model = load_model(base_of(directory), dtype=dtype, device=device, pack=pack)
+        model = load_model(base_of(directory), dtype=dtype, device=device, pack=pack, products=products)
         load_adapter(model, directory)
         return model.eval()
     model, tensors, dtype = open_model(directory, dtype=dtype)
     fill(model, tensors, dtype=dtype, device=device, pack=pack)
     check_codes(model, tensors)
+    if products == "fast":
+        make_ready(model, model.model.norm.weight.dtype)
     return model.eval()
 
 

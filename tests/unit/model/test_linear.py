@@ -3,10 +3,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from llamero.checkpoint import gptq
 from llamero.checkpoint.codes import GroupCodes, unpack
-from llamero.model.linear import GroupLinear, encode
+from llamero.model.linear import GroupLinear, encode, make_ready, ways
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -116,3 +117,31 @@ def test_codes_are_the_same_as_frozen_parameters(form):
     assert all(p.dtype == torch.uint8 and not p.requires_grad for p in codes.values())
     assert torch.equal(layer.dequantize(torch.float32), expected)
     torch.testing.assert_close(layer(x), y, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_ready_layer_computes_and_learns_as_the_packed_one(dtype):
+    layer = packed(codes(4, shuffled=True), bias=torch.randn(96, generator=GENERATOR))
+    model = nn.Sequential(copy.deepcopy(layer))
+    make_ready(model, torch.float32)
+    assert ways(model) == {"unpacked in the cache": 1}
+    assert torch.equal(model[0].dequantize(torch.float32), layer.dequantize(torch.float32))
+    x = torch.randn(2, 5, 64, generator=GENERATOR).to(dtype)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    found, expected = model(inputs[0]), layer(inputs[1])
+    close = {"atol": 0.02, "rtol": 0.02} if dtype == torch.bfloat16 else {}  # the sum has another order
+    torch.testing.assert_close(found, expected, **close)
+    for y in (found, expected):
+        y.sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **close)
+    torch.testing.assert_close(model[0].dense(torch.float32).weight, layer.dense(torch.float32).weight)
+
+
+def test_a_layer_without_a_faster_way_stays_and_says_why():
+    weight = codes(4)
+    layer = packed(weight)
+    layer.g_idx = torch.zeros(64, dtype=torch.int32)
+    model = nn.Sequential(layer)
+    make_ready(model, torch.float32)
+    assert model[0] is layer
+    assert ways(model) == {"dequantized for every product (its groups differ in size)": 1}

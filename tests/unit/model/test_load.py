@@ -8,7 +8,7 @@ from llamero.checkpoint.codes import pack
 from llamero.core.errors import LlameroError
 from llamero.model import rtn
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import GroupLinear
+from llamero.model.linear import PackedLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import empty_model, load_block, load_model, save_model, write_config
 from llamero.model.rope import Default
@@ -73,7 +73,7 @@ def test_gptq_directories_of_both_layouts_run(plain, tmp_path, layout, offset):
 
 @torch.no_grad()
 def test_the_dtype_of_a_packed_model_is_that_of_its_computation(plain, tmp_path):
-    model = load_model(quantized(plain, tmp_path), dtype=torch.bfloat16)
+    model = load_model(quantized(plain, tmp_path), dtype=torch.bfloat16, products="plain")
     assert model(IDS).dtype == torch.bfloat16
     assert model.get_submodule(LAST).get_buffer("scales").dtype == torch.float16
 
@@ -121,7 +121,7 @@ def test_a_config_that_promises_codes_must_have_them(plain, tmp_path):
 
 def test_a_packed_model_is_not_saved_as_a_plain_one(plain, tmp_path):
     model = load_model(quantized(plain, tmp_path))
-    assert isinstance(model.get_submodule(LAST), GroupLinear)
+    assert isinstance(model.get_submodule(LAST), PackedLinear)
     with pytest.raises(ValueError, match="packed model"):
         save_model(model, tmp_path)
 

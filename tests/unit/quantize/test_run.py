@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import GroupLinear
+from llamero.model.linear import GroupLinear, PackedLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
@@ -145,8 +145,8 @@ def test_our_loader_runs_every_variant(model, reports, tokens):
     ids = torch.stack(tokens[:2])
     for report in reports:
         packed = load_model(report.path, dtype=torch.float32)
-        assert isinstance(packed.get_submodule("model.layers.0.mlp.up_proj"), GroupLinear)
-        torch.testing.assert_close(packed(ids), twin(model, report)(ids), atol=1e-5, rtol=1e-5)
+        assert isinstance(packed.get_submodule("model.layers.0.mlp.up_proj"), PackedLinear)
+        torch.testing.assert_close(packed(ids), twin(model, report)(ids), atol=1e-4, rtol=1e-4)
 
 
 def test_gptq_errs_less_than_rounding(reports):
@@ -222,7 +222,10 @@ def test_biases_and_tied_heads_are_kept(tokens, tmp_path):
     assert "lm_head.weight" not in tensors
     assert np.array_equal(tensors["model.layers.1.self_attn.k_proj.bias"], np.linspace(-1, 1, 32, dtype=np.float16))
     torch.testing.assert_close(
-        load_model(report.path, dtype=torch.float32)(tokens[0][None]), twin(source, report)(tokens[0][None])
+        load_model(report.path, dtype=torch.float32)(tokens[0][None]),
+        twin(source, report)(tokens[0][None]),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -351,7 +354,8 @@ def test_every_layout_is_read_as_it_was_solved(model, tokens, tmp_path, monkeypa
     run(config(variants=OTHERS), model=model, out=lambda v: tmp_path / v.name, tokens=tokens)
     ids = torch.arange(30)[None]
     for name in OTHERS:
-        plain, packed = load_model(model, dtype=torch.float32), load_model(tmp_path / name, dtype=torch.float32)
+        plain = load_model(model, dtype=torch.float32)
+        packed = load_model(tmp_path / name, dtype=torch.float32, products="plain")
         stored = dict(load_model(tmp_path / name).named_parameters())
         with torch.no_grad():
             for key, parameter in plain.named_parameters():

@@ -9,7 +9,7 @@ from llamero.core.errors import LlameroError
 from llamero.engine import loop
 from llamero.engine.metrics import read_lines
 from llamero.engine.stage import StageConfig
-from llamero.model.linear import GroupLinear, pack
+from llamero.model.linear import PackedLinear, pack
 from llamero.model.load import load_model, save_model
 from llamero.parallel.config import ParallelConfig
 from llamero.quantize.config import QuantizeConfig
@@ -124,7 +124,7 @@ def test_a_packed_directory_is_trained_through_an_adapter_only(train, base, tmp_
     with pytest.raises(LlameroError, match="a packed model cannot be trained itself"):
         train(start=packed)
     _, out = train(start=packed, adapter={"lora": 4})
-    assert any(isinstance(module, GroupLinear) for module in load_model(out / "adapter").modules())
+    assert any(isinstance(module, PackedLinear) for module in load_model(out / "adapter").modules())
     torch.testing.assert_close(
         load_model(out / "adapter", dtype=torch.float32)(IDS), load_model(out)(IDS), rtol=1e-4, atol=1e-4
     )
