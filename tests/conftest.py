@@ -1,14 +1,18 @@
 """One thread a test process: pytest-xdist uses the cores, and tiny tensors gain nothing from more.
 
+Machines are shared: no property is failed for having taken its time.
 Shapes in the signatures of mathematics are checked while tests run (jaxtyping with beartype).
 """
 
 import jaxtyping
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 install_import_hook(
     [
         "llamero.kernels",
