@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.core.errors import LlameroError
@@ -91,7 +91,7 @@ def conversations(text):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(chat=conversations(st.sampled_from([*ODD, "Hi", "Be brief."]) | st.text(max_size=12)))
 def test_our_jinja_writes_our_text(pair, name, chat):
     ours, theirs = pair

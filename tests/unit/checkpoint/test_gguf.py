@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.checkpoint.gguf import ALIGNMENT, TYPES, TensorSpec, Value, open_gguf
@@ -202,7 +202,7 @@ def test_version_2_is_read(tmp_path):
     assert dict(older.values) == VALUES
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40)
 @given(cut=st.floats(0, 1))
 def test_a_truncated_file_is_an_error_wherever_it_ends(tmp_path, cut):
     content = tensors()

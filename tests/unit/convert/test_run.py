@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -82,7 +82,7 @@ def test_every_kind_is_reached_from_every_other(tmp_path, models):
     models.assert_same(tmp_path / "hf", here)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(data=st.data())
 def test_random_models_return_with_the_same_bits(tmp_path_factory, models, data):
     tensor, pipeline = data.draw(st.sampled_from(LAYOUTS))
@@ -112,7 +112,7 @@ def test_random_models_return_with_the_same_bits(tmp_path_factory, models, data)
     shutil.rmtree(root)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(data=st.data())
 def test_random_models_return_from_meta_without_a_config_beside(tmp_path_factory, models, data):
     shards = data.draw(st.sampled_from([1, 2, 4]))

@@ -43,7 +43,7 @@ def test_the_files_are_megatrons_byte_for_byte(tmp_path, letter, documents):
     assert [document.tolist() for document in megatron.Reader(stem)] == documents
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), max_size=20))
 def test_what_another_writer_wrote_is_read(tmp_path_factory, documents):
     stem = tmp_path_factory.mktemp("hand") / "text"
@@ -134,7 +134,7 @@ def test_a_damaged_file_is_refused(tmp_path, suffix, damage, says):
     assert told.value.where.startswith(str(stem))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     documents=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=12),
     at=st.integers(0, 12),

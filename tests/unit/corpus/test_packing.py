@@ -42,7 +42,7 @@ def totals(rows, lengths):
     return sorted(sum(int(lengths[document]) for document in row) for row in rows)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_the_rows_are_those_of_the_naive_method(data):
     capacity = data.draw(st.integers(1, 40))

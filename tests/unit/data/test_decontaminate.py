@@ -163,7 +163,7 @@ def plainly_found(text, tests, ngram):
     return any(holds(part, kind == 0) for test in tests for kind in (0, 1) for part in test[kind])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.lists(WORDS, max_size=2), st.lists(WORDS, max_size=2)), min_size=1, max_size=6),
     st.data(),

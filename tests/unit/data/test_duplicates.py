@@ -87,7 +87,6 @@ def test_a_band_is_all_places_where_only_equals_count():
 # -- equal texts -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab ?é漢", max_size=12), max_size=12), st.sampled_from([0.05, 0.8, 1.0]))
 def test_texts_equal_word_for_word_are_always_found(texts, threshold):
     found = find(signature(texts), threshold=threshold)
@@ -129,7 +128,7 @@ def by_every_pair(signatures, threshold):
     return stays
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([0.4, 0.6, 0.8]))
 def test_what_stays_is_what_comparing_every_pair_leaves(seed, threshold):
     chance = np.random.default_rng(seed)

@@ -66,7 +66,7 @@ def chosen(found, config=CONFIG):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(documents)
 def test_documents_are_chosen_as_one_by_one(found):
     tokens, domains, keys = zip(*found, strict=True) if found else ((), (), ())
@@ -75,7 +75,7 @@ def test_documents_are_chosen_as_one_by_one(found):
     assert [n for n in np.flatnonzero(choice.kept) if tokens[n]] == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(documents)
 def test_no_domain_is_further_from_its_share_than_half_a_document(found):
     choice = chosen(found)
@@ -215,7 +215,7 @@ def joined(found, length):
     return pieces, joiner
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(originals, st.integers(1, 40))
 def test_pieces_are_the_documents_one_after_the_other(found, length):
     pieces, joiner = joined(found, length)
@@ -242,7 +242,7 @@ def test_the_rest_of_a_long_document_goes_on_into_the_next_pieces():
     assert joiner.waiting.spans == [(0, 8, 1, 17)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(originals, st.integers(1, 40), st.integers(0, 12))
 def test_a_joiner_goes_on_from_what_another_was_left_with(found, length, after):
     expected, whole = joined(found, length)
@@ -297,7 +297,7 @@ def recalls(chat, spans):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 9), st.integers(0, 4), st.sampled_from(["", "Be kind."]), st.booleans()), max_size=30
@@ -356,7 +356,7 @@ def true_answers(asked, messages):
     return {next(text for text in by_user if quote in text)}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 3)), max_size=40), st.integers(1, 3), st.integers(0, 9))
 def test_every_recall_has_one_answer_and_it_is_the_one_given(about, every, seed):
     found, _ = made([dialogue(n, turns) for n, turns in about], characters=9000, recall_every=every, seed=seed)

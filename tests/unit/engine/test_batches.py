@@ -66,7 +66,7 @@ def supervised(roles, learns=lambda role: role in (A, T)):
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(roles=documents, batch=st.integers(1, 5), seed=st.integers(0, 3))
 def test_every_supervised_token_is_a_target_exactly_once_an_epoch(roles, batch, seed):
     expected = supervised(roles)
@@ -79,7 +79,7 @@ def test_every_supervised_token_is_a_target_exactly_once_an_epoch(roles, batch, 
     assert made.report.supervised_tokens == len(expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(roles=documents, epochs=st.sampled_from([2, 3]))
 def test_and_as_often_as_there_are_epochs(roles, epochs):
     expected = Counter(supervised(roles))
@@ -101,7 +101,7 @@ def test_steps_run_on_through_epochs_with_full_batches():
     assert order[:10] != order[10:]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(roles=documents, samples=st.integers(1, 6), epochs=st.sampled_from([1, 1.5, 3]), seed=st.integers(0, 3))
 def test_a_batch_in_samples_takes_as_many_documents_in_as_few_rows(roles, samples, epochs, seed):
     expected = supervised(roles)
@@ -242,7 +242,7 @@ def test_a_piece_without_anything_to_learn_is_left_out_and_counted():
     assert made.report.supervised_tokens == 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(length=st.integers(2, 60), limit=st.integers(8, 20))
 def test_a_long_text_is_cut_so_that_no_target_is_lost(length, limit):
     made = batches([[T] * length], objective="lm", sequence=limit)
@@ -315,7 +315,7 @@ def plainly_shortened(document, stage):
     return split_at_turns(np.asarray(document), limit)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     roles=st.lists(
         st.one_of(
@@ -389,7 +389,7 @@ def test_documents_need_not_lie_in_order_in_their_file(tmp_path):
     assert taught(read) == taught(made)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(roles=documents, cuts=st.lists(st.integers(0, 30), min_size=1, max_size=3))
 def test_every_learned_token_knows_its_source(roles, cuts):
     tokens, arrays = numbered(roles)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,7 +80,6 @@ def learn(model, steps=20, *, lr=2e-2):
 # -- the layer
 
 
-@settings(deadline=None)  # the first call warms up
 @given(
     inputs=st.integers(1, 9),
     outputs=st.integers(1, 9),

@@ -103,7 +103,7 @@ def test_what_counts_more_errs_less(kind):
     assert found[0] < found[1]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(kind=st.sampled_from(sorted(kquants.KINDS)), seed=st.integers(0, 100), split=st.integers(1, 11))
 def test_rows_are_encoded_each_by_itself(kind, seed, split):
     w = torch.randn(12, 256, generator=torch.Generator().manual_seed(seed))

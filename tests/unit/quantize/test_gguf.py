@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.checkpoint.gguf import open_gguf
@@ -212,7 +212,7 @@ def test_together_with_other_layouts(model, tmp_path):
     assert one.notes == two.notes == ()
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6)
 @given(
     hidden=st.sampled_from([8, 32, 96, 256]),
     inner=st.sampled_from([12, 64, 256]),

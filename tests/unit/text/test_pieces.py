@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llamero.core.errors import LlameroError
@@ -61,14 +61,12 @@ SPECIAL = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(ORDINARY | ORDINARY | ORDINARY | SPECIAL, max_size=8))
 def test_pieces_get_the_tokens_of_whole_stretches(tokenizer, pieces):
     pieces = [piece._replace(text=tokenizer.bos or tokenizer.eos) if piece.special else piece for piece in pieces]
     assert tokenize(pieces, tokenizer) == by_spans(pieces, tokenizer)
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(ORDINARY, max_size=8))
 def test_so_they_do_where_nothing_is_proved_of_words(pieces):
     tokenizer = stories()

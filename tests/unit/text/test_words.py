@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
@@ -98,7 +98,6 @@ def tokenizer_named(name) -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", ["trained", "tokenizers/llama2", "tokenizers/llama3", "weights/ref-7m-hf"])
-@settings(deadline=None)  # the first loads
 @given(text=TEXTS, continues=st.booleans())
 def test_ids_are_those_of_the_whole_text(name, text, continues):
     tokenizer = tokenizer_named(name)
