@@ -1,45 +1,37 @@
 """One walk through a model, layer by layer, that records what flows into its linear layers.
 
-One decoder layer is in memory at a time, and each runs once. All variants use the same statistics: those of the
-unquantized model.
+One decoder layer is in memory at a time. Sequences go through it in groups whose make-up depends on nothing but the
+sequences; groups run side by side, each in a thread that computes alone, and what they find is summed exactly
+(`statistics`). So the same model, text and dtype give the same bytes, whatever the number of threads.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import local
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from llamero.checkpoint import hf
 from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.model.attention import Documents
 from llamero.model.config import LlamaConfig
-from llamero.model.llama import Block
-from llamero.model.load import EMBEDDING, empty_model, load_block, stored_names
-from llamero.model.rope import rotations
+from llamero.model.layered import Layered
+from llamero.model.llama import Block, RMSNorm
+from llamero.model.load import empty_model, load_block
+from llamero.quantize.statistics import INPUTS, Channels, Statistics, Sums, units
+from llamero.quantize.waiting import Waiting
 
-INPUTS: dict[str, tuple[str, ...]] = {
-    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
-"""The distinct inputs within a decoder layer, each by the first of the linear layers that it flows into."""
+GROUP_TOKENS = 2048
+"""Sequences go through a layer together until they have this many tokens."""
 
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """What is remembered of the inputs of a linear layer."""
-
-    second_moment: Float[Tensor, "d d"]
-    """Sum of `outer(x, x)` over all tokens, float32."""
-    mean_abs: Float[Tensor, " d"]
-    """Mean magnitude of each channel."""
-    tokens: int
+UNQUANTIZED = ""
+"""The stream of activations that no quantized weight has touched."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,76 +40,240 @@ class Layer:
 
     number: int
     block: Block
+    """The layer as it is stored, in float32."""
     statistics: dict[str, Statistics]
     """By the keys of `INPUTS`."""
+    stream: str = UNQUANTIZED
+    """Which activations these are."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """To be filled in for any stream but the unquantized one: the parameters with which it flows on, by their names
+    in the layer; those that are not here stay as they are."""
 
 
-class _Recorder:
-    """Sums over the inputs of one linear layer, sequence after sequence."""
+@dataclass(frozen=True)
+class Group:
+    """Sequences that go through a layer together."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.second_moment: Tensor | None = None
-        self.sum_abs: Tensor | None = None
-        self.tokens = 0
-        self.hook: RemovableHandle = layer.register_forward_pre_hook(self._record)
+    start: int
+    """Number of the first."""
+    layout: Documents
+    rotation: Float[Tensor, "tokens half 2"]
 
-    def _record(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].float()  # (tokens, d)
-        if self.second_moment is None or self.sum_abs is None:
-            self.second_moment = x.new_zeros(x.shape[1], x.shape[1])
-            self.sum_abs = x.new_zeros(x.shape[1])
-        self.second_moment.addmm_(x.T, x)
-        self.sum_abs += x.abs().sum(0)
-        self.tokens += len(x)
-
-    def result(self, where: str) -> Statistics:
-        """Return the statistics, or name the layer whose inputs are not numbers."""
-        self.hook.remove()
-        if self.second_moment is None or self.sum_abs is None:
-            raise ValueError(f"{where} was not run")
-        if not bool(self.second_moment.isfinite().all()):
-            raise LlameroError(
-                "its inputs on the calibration text are not all finite",
-                where=where,
-                fix="see whether the model itself works; its weights may be broken",
-            )
-        return Statistics(self.second_moment, self.sum_abs / self.tokens, self.tokens)
+    def sequence(self, token: int) -> int:
+        """Return the number of the sequence that a token is in."""
+        ends = torch.tensor(self.layout.lengths).cumsum(0)
+        return self.start + int((ends <= token).sum())
 
 
-def stream(
-    directory: Path, config: LlamaConfig, tokens: Sequence[Int[Tensor, " time"]], *, device: str | torch.device = "cpu"
-) -> Iterator[Layer]:
-    """Yield decoder layer after decoder layer with its statistics; computed in float32.
+class Walk:
+    """A way through a model: iterate over its layers, once, and `head` is known at the end.
 
     Args:
         directory: Model directory.
         config: Its shape.
         tokens: Sequences; they do not see each other.
+        dtype: To compute in: float32 or bfloat16.
+        device: Where to compute; the activations between layers wait in main memory.
+        streams: Names of the activations to follow. Each layer is seen once for each of them; all but `UNQUANTIZED`
+            flow on through the `weights` that whoever iterates puts into a layer.
+        spill: Directory for activations that do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: LlamaConfig,
+        tokens: Sequence[Int[Tensor, " time"]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        streams: Sequence[str] = (UNQUANTIZED,),
+        spill: Path | None = None,
+    ) -> None:
+        check_tokens(tokens, config)
+        self.head: Channels | None = None
+        """What flowed into the head, on the first stream."""
+        self._config, self._tokens, self._device = config, tokens, torch.device(device)
+        self._model = Layered(directory, dtype=dtype, device=device)  # anything missing is said before the work begins
+        self._tensors = hf.open_tensors(directory)
+        self._groups = _groups(config, tokens, self._device)
+        lengths = [sum(group.layout.lengths) for group in self._groups]
+        self._streams = {
+            name: Waiting(lengths, config.hidden_size, dtype, directory=None if spill is None else spill)
+            for name in streams
+        }
+
+    def __iter__(self) -> Iterator[Layer]:
+        """Yield decoder layer after decoder layer with its statistics, for each stream in turn."""
+        self._embed()
+        for number in progress.track(range(self._config.num_layers), "calibrate and solve", unit="layers"):
+            for name, waiting in self._streams.items():
+                statistics = self._observe(number, waiting, flows_on=name == UNQUANTIZED)
+                block = load_block(self._config, self._tensors, number, dtype=torch.float32, device=self._device)
+                layer = Layer(number, block, statistics, name)
+                del statistics, block
+                yield layer
+                weights = layer.weights
+                del layer  # before the next one is read, not after
+                if name != UNQUANTIZED:
+                    self._flow_on(number, waiting, weights)
+        self.head = self._end(next(iter(self._streams.values())))
+
+    def _embed(self) -> None:
+        with self._model.embedding() as lookup, torch.no_grad():
+            for waiting in self._streams.values():
+                for number, group in enumerate(self._groups):
+                    stop = group.start + len(group.layout.lengths)
+                    ids = torch.cat([ids.long() for ids in self._tokens[group.start : stop]])
+                    waiting[number] = lookup.model.embed_tokens(ids.to(self._device)).to("cpu", self._model.dtype)
+
+    def _observe(self, number: int, waiting: Waiting, *, flows_on: bool) -> dict[str, Statistics]:
+        """Send everything through a layer and return what flowed into its linear layers.
+
+        Args:
+            number: Of the layer.
+            waiting: The activations before it.
+            flows_on: Whether they become those after it.
+        """
+        with self._model.layer(number) as block, ExitStack() as hooks:
+            recorders = {name: _Recorder(f"model.layers.{number}.{name}", len(self._groups)) for name in INPUTS}
+            for name, recorder in recorders.items():
+                hook = block.get_submodule(name).register_forward_pre_hook(recorder.hook)
+                hooks.callback(hook.remove)
+            self._run(block, waiting, flows_on=flows_on)
+        return {name: recorder.sums.statistics(recorder.where) for name, recorder in recorders.items()}
+
+    def _flow_on(self, number: int, waiting: Waiting, weights: Mapping[str, Tensor]) -> None:
+        if not weights:
+            raise ValueError(f"layer {number} was given no weights to flow on through")
+        with self._model.layer(number) as block:
+            for name, value in weights.items():
+                block.get_parameter(name).data.copy_(value)
+            self._run(block, waiting, flows_on=True)
+
+    def _run(self, block: Block, waiting: Waiting, *, flows_on: bool) -> None:
+        @torch.no_grad()
+        def one(number: int) -> None:
+            group = _current.group = self._groups[number]
+            x = block(waiting[number].to(self._device), group.rotation, group.layout)
+            if flows_on:
+                waiting[number] = x
+
+        self._for_all(one)
+
+    def _end(self, waiting: Waiting) -> Channels:
+        """Return what flows into the head."""
+        norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
+        norm.weight.data = self._tensors["model.norm.weight"].to(self._device, self._model.dtype)
+        recorder = _Recorder("lm_head", len(self._groups), products=False)
+
+        @torch.no_grad()
+        def one(number: int) -> None:
+            _current.group = self._groups[number]
+            recorder.record(norm(waiting[number].to(self._device)))
+
+        self._for_all(one)
+        return recorder.sums.channels(recorder.where)
+
+    def _for_all(self, one: Callable[[int], None]) -> None:
+        """Call a function for every group, for the first before the others."""
+        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        with _alone():
+            one(0)
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                done = [pool.submit(one, number) for number in range(1, len(self._groups))]
+                try:
+                    for each in done:
+                        each.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+
+_current = local()
+"""The group that a thread is at."""
+
+
+class _Recorder:
+    """Sums over the inputs of one linear layer, in the units that the first group gives."""
+
+    def __init__(self, where: str, groups: int, *, products: bool = True) -> None:
+        self.where, self._groups, self._products = where, groups, products
+        self._sums: Sums | None = None
+
+    @property
+    def sums(self) -> Sums:
+        """Return the sums."""
+        if self._sums is None:
+            raise ValueError(f"{self.where} was not run")
+        return self._sums
+
+    def hook(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Take in what flows into a layer."""
+        self.record(args[0])
+
+    def record(self, x: Float[Tensor, "tokens d"]) -> None:
+        """Take in the inputs of a group, or name the layer and the sequence whose inputs are not numbers."""
+        finite = x.isfinite()
+        if not bool(finite.all()):
+            token = int((~finite.all(1)).nonzero()[0])
+            raise LlameroError(
+                f"its inputs on the calibration text are not all finite, first in sequence "
+                f"{_current.group.sequence(token)}",
+                where=self.where,
+                fix="see whether the model itself works; its weights may be broken",
+            )
+        if self._sums is None:
+            self._sums = Sums(units(x, self._groups), products=self._products)
+        self._sums.add(x)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Compute in one thread: with several, some routines sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def stream(
+    directory: Path,
+    config: LlamaConfig,
+    tokens: Sequence[Int[Tensor, " time"]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Iterator[Layer]:
+    """Yield decoder layer after decoder layer with the statistics of the unquantized model.
+
+    Args:
+        directory: Model directory.
+        config: Its shape.
+        tokens: Sequences; they do not see each other.
+        dtype: To compute in.
         device: Where to compute; the activations between layers wait in main memory.
     """
-    check_tokens(tokens, config)
-    tensors = hf.open_tensors(directory)
-    stored = stored_names(empty_model(config), tensors)  # anything missing is said before the work begins
-    embedding = tensors[stored[EMBEDDING]]
-    activations = [embedding[ids.long()].float() for ids in tokens]
-    del embedding
-    for number in progress.track(range(config.num_layers), "calibrate and solve", unit="layers"):
-        block = load_block(config, tensors, number, dtype=torch.float32, device=device)
-        recorders = {name: _Recorder(block.get_submodule(name)) for name in INPUTS}
-        _run(block, activations, config, device)
-        prefix = f"model.layers.{number}."
-        statistics = {name: recorder.result(prefix + name) for name, recorder in recorders.items()}
-        yield Layer(number, block, statistics)
-        del block, recorders, statistics  # before the next layer is read, not after
+    yield from Walk(directory, config, tokens, dtype=dtype, device=device)
 
 
-@torch.no_grad()
-def _run(block: Block, activations: list[Tensor], config: LlamaConfig, device: str | torch.device) -> None:
-    """Send every sequence through the layer, in place, one at a time and so always in the same order."""
-    for i, x in enumerate(activations):
-        length = len(x)
-        rotation = rotations(torch.arange(length), config.rope.frequencies(length), scale=config.rope.attention_scale)
-        activations[i] = block(x.to(device), rotation.to(device), Documents((length,))).cpu()
+def _groups(config: LlamaConfig, tokens: Sequence[Int[Tensor, " time"]], device: torch.device) -> list[Group]:
+    """Return neighbouring sequences that have `GROUP_TOKENS` together; only the last group may have fewer."""
+    model, rotations = empty_model(config), {}
+    groups: list[Group] = []
+    lengths: list[int] = []
+    start = 0
+    for number, ids in enumerate(tokens):
+        lengths.append(len(ids))
+        if sum(lengths) >= GROUP_TOKENS or number == len(tokens) - 1:
+            layout = Documents(tuple(lengths))
+            if layout.lengths not in rotations:
+                rotations[layout.lengths] = model.document_rotation(layout, device)
+            groups.append(Group(start, layout, rotations[layout.lengths]))
+            start, lengths = number + 1, []
+    return groups
 
 
 def check_tokens(tokens: Sequence[Int[Tensor, " time"]], config: LlamaConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +85,24 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "valid": "vali
 """Words in names of files that say which split they are."""
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16: with them it multiplies twice as fast as in float32
+    or better, without them several times slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # no Linux: nothing is known, float32 is never wrong
+        return False
+    return re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", flags, re.MULTILINE) is not None
+
+
+def _known(name: str) -> None:
+    try:
+        variants.parse(name)
+    except LlameroError as error:
+        raise ValueError(f"{error.problem}; {error.fix}") from error
+
+
 class Calibration(Strict):
     """The text that shows which inputs each layer sees: one source or several.
 
@@ -100,6 +119,14 @@ class Calibration(Strict):
     """Tokens of a sequence; longer ones cost time and memory, and should not exceed the model's context."""
     tokens: int = Field(default=65_536, gt=0)
     """Tokens in all; fewer than a layer has inputs leave GPTQ guessing."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which the text goes through the model; `auto` is bfloat16 where the processor multiplies it faster, and
+    what it came to is in the report."""
+    propagation: Literal["shared", "reference", "per-bits", "exact"] = "shared"
+    """Which activations a layer is looked at with: those of the unquantized model; of one quantized variant, for
+    all; of one variant of each width; or each variant's own, which costs two forward passes more for each variant."""
+    reference: str | None = None
+    """The variant of `propagation: reference`; it need not be one of those that are made. 4-bit GPTQ if not given."""
 
     def parts(self, own: str | None = None) -> tuple[CalibrationSource, ...]:
         """Return all sources.
@@ -116,13 +143,21 @@ class Calibration(Strict):
         return (*mine, CalibrationSource.model_validate({"source": "wikitext-2-raw-v1"}))
 
     def decides(self, own: str | None = None) -> dict[str, object]:
-        """Return what decides the sequences, files left out: their contents decide, not where they lie.
+        """Return what decides the statistics, files left out: their contents decide, not where they lie.
 
         Args:
             own: As of `parts`.
         """
         parts = [part.model_dump(mode="json", exclude={"path"}) for part in self.parts(own)]
-        return {"sequence": self.sequence, "tokens": self.tokens, "sources": parts}
+        how = {"compute": self.arithmetic, "propagation": self.propagation, "reference": self.reference}
+        return {"sequence": self.sequence, "tokens": self.tokens, "sources": parts, **how}
+
+    @property
+    def arithmetic(self) -> Literal["float32", "bfloat16"]:
+        """Return the dtype that `compute` comes to on this machine's processor."""
+        if self.compute == "auto":
+            return "bfloat16" if multiplies_bfloat16() else "float32"
+        return self.compute
 
     @model_validator(mode="after")
     def _some_and_different(self) -> Calibration:
@@ -132,6 +167,10 @@ class Calibration(Strict):
         twice = [f"{name} ({part})" for name, part in named if named.count((name, part)) > 1]
         if twice:
             raise ValueError(f"two sources are called `{twice[0]}`; give each its own `source`")
+        if self.reference is not None:
+            if self.propagation != "reference":
+                raise ValueError("`reference` needs `propagation: reference`")
+            _known(self.reference)
         return self
 
 
@@ -165,10 +204,7 @@ class QuantizeConfig(Strict):
     @classmethod
     def _known_and_different(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            try:
-                variants.parse(name)
-            except LlameroError as error:
-                raise ValueError(f"{error.problem}; {error.fix}") from error
+            _known(name)
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"`{repeated[0]}` is listed twice")

@@ -99,6 +99,10 @@ class Solution:
     changed: dict[str, Tensor] = field(default_factory=dict)
     """Other parameters of the decoder layer that go with these codes, such as norms that scales were folded into."""
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the parameters of the decoder layer that are not as they were, dequantized."""
+        return {f"{name}.weight": codes.dequantize() for name, codes in self.codes.items()} | self.changed
+
     def add(
         self,
         problem: Problem,

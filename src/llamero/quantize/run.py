@@ -15,12 +15,13 @@ from llamero.checkpoint import hf, loaders, packed
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
-from llamero.quantize import calibrate
+from llamero.quantize import calibrate, streams
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.gguf import GgufVariantWriter
 from llamero.quantize.methods import DAMPED, METHODS
 from llamero.quantize.problem import LayerProblems, Solution, pose
+from llamero.quantize.streams import Stream
 from llamero.quantize.variants import Layout, Variant, fitting, refuse_misfits
 from llamero.quantize.write import VariantWriter, Writer, widths
 
@@ -64,6 +65,8 @@ class VariantReport:
     tokens: int
     """Calibration tokens."""
     sequences: int
+    compute: str
+    """Dtype in which they went through the model."""
     modules: tuple[ModuleReport, ...]
     notes: tuple[str, ...]
     """What was done otherwise than the variant's name says, such as layers in another type."""
@@ -91,6 +94,7 @@ class VariantReport:
             "bits_per_weight": self.bits_per_weight,
             "tokens": self.tokens,
             "sequences": self.sequences,
+            "compute": self.compute,
             "error_per_weight": self.error_per_weight,
             "notes": list(self.notes),
             "modules": [asdict(module) for module in self.modules],
@@ -139,7 +143,7 @@ def run(
     refuse_misfits(variants, widths(meta), where=str(model))
     calibrate.check_tokens(tokens, shape)
     _check_places(model, [out(variant) for variant in variants])
-    dtype = DTYPES[config.dtype]
+    dtype, compute = DTYPES[config.dtype], DTYPES[config.calibration.arithmetic]
     tensors = hf.open_tensors(model)
     stored = stored_names(meta, tensors)
     with ExitStack() as stack:
@@ -151,11 +155,15 @@ def run(
             stack.callback(works[-1].writer.abandon)
         outside = [name for name in stored if not name.startswith("model.layers.")]
         _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
-        for layer in calibrate.stream(model, shape, tokens, device=device):
-            _solve_layer(layer, shape, works, config)
+        planned = {stream.name: stream for stream in streams.plan(config, variants, widths(meta))}
+        walk = calibrate.Walk(
+            model, shape, tokens, dtype=compute, device=device, streams=tuple(planned), spill=out(variants[0])
+        )
+        for layer in walk:
+            _solve_layer(layer, shape, works, config, planned[layer.stream])
             del layer  # before the next one is read, not after
         _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
-        return [_finish(work, tokens, damp=config.damp) for work in works]
+        return [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
 
 
 def for_model(config: QuantizeConfig, model: Path) -> tuple[QuantizeConfig, dict[str, str]]:
@@ -192,18 +200,24 @@ def _copy(works: list[_Work], names: dict[str, str], tensors: hf.Tensors) -> Non
 
 
 @torch.no_grad()
-def _solve_layer(layer: Layer, shape: LlamaConfig, works: list[_Work], config: QuantizeConfig) -> None:
-    """Quantize a decoder layer once for every variant and write it."""
+def _solve_layer(layer: Layer, shape: LlamaConfig, works: list[_Work], config: QuantizeConfig, stream: Stream) -> None:
+    """Quantize a decoder layer once for every variant of a stream, write it, and say how the stream flows on."""
     problems = pose(layer, shape, damp=config.damp, refine=config.refine)
+    at_work = {work.variant: work for work in works if work.variant in stream.variants}
+    asked = [*at_work, stream.leader] if stream.leader not in {None, *at_work} else list(at_work)
     for name, method in METHODS.items():
-        mine = [work for work in works if work.variant.method == name]
-        solutions = method(problems, [work.variant for work in mine])
-        for work in mine:
+        mine = [variant for variant in asked if variant is not None and variant.method == name]
+        solutions = method(problems, mine)
+        for variant in mine:
             started = time.perf_counter()
             solution = next(solutions)
-            work.modules += _reports(problems, solution)
-            work.writer.add_layer(layer.number, layer.block, solution)
-            work.seconds += time.perf_counter() - started
+            if variant == stream.leader:
+                layer.weights.update(solution.weights())
+            if variant in at_work:
+                work = at_work[variant]
+                work.modules += _reports(problems, solution)
+                work.writer.add_layer(layer.number, layer.block, solution)
+                work.seconds += time.perf_counter() - started
 
 
 def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleReport]:
@@ -219,7 +233,7 @@ def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleRepo
             )
 
 
-def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float) -> VariantReport:
+def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float, compute: torch.dtype) -> VariantReport:
     asked = damp if work.variant.method in DAMPED else None
     started = time.perf_counter()
     size = work.writer.finish(damp=asked)
@@ -231,6 +245,7 @@ def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float) -> VariantRep
         bits_per_weight=work.writer.bits_per_weight,
         tokens=sum(len(ids) for ids in tokens),
         sequences=len(tokens),
+        compute=str(compute).removeprefix("torch."),
         modules=tuple(work.modules),
         notes=work.writer.notes,
         seconds=work.seconds + time.perf_counter() - started,

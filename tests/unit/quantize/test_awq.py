@@ -53,7 +53,7 @@ def posed(config, block, x):
     run(block, config, x)
     for hook in hooks:
         hook.remove()
-    statistics = {name: Statistics(v.T @ v, v.abs().mean(0), len(v)) for name, v in seen.items()}
+    statistics = {name: Statistics(v.T @ v, v.abs().mean(0), len(v), v.abs().amax(0)) for name, v in seen.items()}
     return pose(Layer(0, block, statistics), config, damp=0.01)
 
 

@@ -1,0 +1,110 @@
+import itertools
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamero.quantize import statistics
+from llamero.quantize.statistics import Sums, units
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(statistics, "TILE", {"cpu": 16, "cuda": 16})
+
+
+def inputs(groups=6, width=40, seed=0, spread=3.0):
+    """Groups of inputs whose channels differ in size, as those of real models do."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (spread * torch.randn(width, generator=generator)).exp()
+    return [torch.randn(7 + i, width, generator=generator) * size for i in range(groups)]
+
+
+def summed(groups, unit, **how):
+    sums = Sums(unit, **how)
+    for x in groups:
+        sums.add(x)
+    return sums
+
+
+def test_sums_are_those_of_brute_force():
+    groups = inputs()
+    found = summed(groups, units(groups[0], len(groups))).statistics("x")
+    x = torch.cat(groups).double()
+    scale = (x.square().sum(0)[:, None] * x.square().sum(0)).sqrt()
+    assert (((found.second_moment - x.T @ x) / scale).abs() < 1e-6).all()
+    assert torch.equal(found.second_moment, found.second_moment.T)
+    torch.testing.assert_close(found.mean_abs.double(), x.abs().mean(0), rtol=1e-6, atol=0)
+    assert torch.equal(found.absmax, x.abs().amax(0).float())
+    assert found.tokens == len(x)
+    assert torch.equal(found.channels.energy, found.second_moment.diagonal())
+
+
+def test_without_products_the_diagonal_is_the_same():
+    groups = inputs()
+    unit = units(groups[0], len(groups))
+    alone, whole = summed(groups, unit, products=False).channels("x"), summed(groups, unit).statistics("x").channels
+    torch.testing.assert_close(alone.energy, whole.energy, rtol=1e-6, atol=0)
+    assert torch.equal(alone.mean_abs, whole.mean_abs)
+    assert torch.equal(alone.absmax, whole.absmax)
+
+
+def equal(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("second_moment", "mean_abs", "absmax"))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), spread=st.floats(0, 6))
+def test_any_number_of_processes_in_any_order_sums_to_the_same_bytes(seed, spread):
+    groups = inputs(8, 24, seed, spread)
+    unit = units(groups[0], len(groups))
+    alone = summed(groups, unit).statistics("x")
+    for ranks in (2, 4):
+        for order in itertools.islice(itertools.permutations(range(ranks)), 6):
+            parts = [summed(groups[rank::ranks][::-1], unit) for rank in range(ranks)]
+            total = Sums(unit)
+            for rank in order:
+                total.merge(parts[rank])
+            assert equal(total.statistics("x"), alone)
+
+
+def test_plain_sums_would_depend_on_the_order():
+    groups = inputs(8, 24)
+    one = sum(x.T @ x for x in groups)
+    other = sum(x.T @ x for x in groups[::-1])
+    assert not torch.equal(one, other)
+
+
+def test_bfloat16_inputs_are_summed_as_well():
+    groups = [x.bfloat16() for x in inputs(16)]
+    found = summed(groups, units(groups[0], len(groups))).statistics("x")
+    x = torch.cat(groups).double()
+    scale = (x.square().sum(0)[:, None] * x.square().sum(0)).sqrt()
+    assert (((found.second_moment - x.T @ x) / scale).abs() < 1e-6).all()
+
+
+def test_sums_in_different_units_do_not_mix():
+    with pytest.raises(ValueError, match="different units"):
+        Sums(units(torch.ones(3, 4), 1)).merge(Sums(units(100 * torch.ones(3, 4), 1)))
+
+
+def test_a_first_group_of_zeros_is_no_obstacle():
+    x = torch.ones(4, 8)
+    found = summed([0 * x, x, x], units(0 * x, 3)).statistics("x")
+    assert torch.equal(found.second_moment, torch.full((8, 8), 8.0))
+
+
+def test_inputs_far_larger_than_the_first_are_told(caplog):
+    x = torch.ones(4, 8)
+    with caplog.at_level(logging.WARNING):
+        found = summed([x, 1e5 * x], units(x, 2)).statistics("model.layers.3.mlp.down_proj")
+    assert "model.layers.3.mlp.down_proj: much larger inputs" in caplog.text
+    torch.testing.assert_close(found.second_moment, torch.full((8, 8), 4 * (1e10 + 1)))
+
+
+def test_dead_channels_are_counted():
+    x = torch.ones(4, 8)
+    x[:, 2:5] = 0
+    assert summed([x], units(x, 1)).statistics("x").channels.dead == 3
