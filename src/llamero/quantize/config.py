@@ -88,7 +88,8 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "valid": "vali
 @cache
 def multiplies_bfloat16() -> bool:
     """Return whether the processor has instructions for bfloat16: with them it multiplies twice as fast as in float32
-    or better, without them several times slower."""
+    or better, without them several times slower.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # no Linux: nothing is known, float32 is never wrong
