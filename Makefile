@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup quickstart test check e2e parity flake bench docs clean
+# Programs that ours are compared with, each in an environment of its own (tests/parity/peers).
+PEERS := gptqmodel llmcompressor llamacpp bitsandbytes
+
+.PHONY: setup quickstart test check e2e parity peers flake bench docs clean
 
 setup: $(VENV)/.installed
 
@@ -31,8 +34,18 @@ e2e: setup
 	$(BIN)/python -m pytest -q tests/e2e -m ''
 	$(BIN)/python -m pytest -q -n 2 tests/unit -m 'slow and not gpu'
 
-parity: setup
+parity: setup peers
+	$(BIN)/pip install -q -e '.[dev,parity]' -c constraints.txt
 	$(BIN)/python -m pytest -q tests/parity -m ''
+
+peers: $(PEERS:%=.venv-peers/%/.installed)
+
+# Their own statements contradict each other: exact versions that were seen to work, resolved by nobody.
+.venv-peers/%/.installed: tests/parity/peers/%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/pip install -q setuptools $$(grep ^torch== $<)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 .venv-peers/$*/bin/pip install -q --no-deps -r $<
+	touch $@
 
 flake: setup
 	$(BIN)/python tests/flake.py 50
@@ -47,4 +60,4 @@ docs: setup
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers runs .pytest_cache .ruff_cache

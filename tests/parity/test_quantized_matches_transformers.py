@@ -1,0 +1,116 @@
+"""What Transformers makes of our quantized directories, and we of those that others wrote: the same weights and logits.
+
+GPTQ and AWQ through GPTQModel's kernels, compressed-tensors through its own library: `make peers` installs them.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llamero.infer import score
+from llamero.model.linear import PackedLinear
+from llamero.model.load import load_model
+from llamero.quantize.config import QuantizeConfig
+from llamero.quantize.run import run
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+GPTQ = (
+    "gptq-2bit-32g-actorder_True",
+    "gptq-3bit-128g-actorder_True",
+    "gptq-3bit-128g-actorder_static-asym-v2",
+    "gptq-4bit--1g-actorder_True",
+    "gptq-4bit-64g-actorder_static",
+    "gptq-4bit-128g-actorder_True",
+    "gptq-4bit-128g-actorder_True-v2",
+    "gptq-4bit-128g-actorder_static-asym",
+    "gptq-8bit--1g-actorder_False",
+    "gptq-8bit-128g-actorder_True",
+)
+AWQ = ("awq-4bit-32g", "awq-4bit-128g")
+COMPRESSED = (
+    "gptq-4bit--1g-actorder_static-ct",
+    "awq-4bit-128g-ct",
+    *(f"gptq-{bits}bit-128g-actorder_static-ct" for bits in range(2, 9)),
+    *(f"gptq-{bits}bit-32g-actorder_static-asym-ct" for bits in range(2, 9)),
+)
+
+
+@pytest.fixture(scope="module")
+def ours(two_layers, text, tmp_path_factory):
+    """Directories of all variants, from one look at the text."""
+    place = tmp_path_factory.mktemp("ours")
+    config = QuantizeConfig.model_validate(
+        {"variants": (*GPTQ, *AWQ, *COMPRESSED), "calibration": {"text": "given.txt"}}
+    )
+    rows = list(text("valid", 16, 128))
+    run(config, model=two_layers, out=lambda variant: place / variant.name, tokens=rows)
+    return place
+
+
+def read(peer, directories, questions, place, *, dtype="float32"):
+    """Return what Transformers made of directories, by their names."""
+    models = [
+        {"model": str(path), "out": str(place / f"{path.name}.safetensors"), "dtype": dtype} for path in directories
+    ]
+    done = peer.run("transformers_logits", tokens=questions[1], models=models)
+    return {
+        path.name: (load_file(told["out"]), seen)
+        for path, told, seen in zip(directories, models, done.answer["models"], strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def gptq_as_read(ours, peer, questions, tmp_path_factory):
+    place = tmp_path_factory.mktemp("gptq")
+    return read(peer("gptqmodel"), [ours / name for name in GPTQ], questions, place)
+
+
+@pytest.fixture(scope="module")
+def awq_as_read(ours, peer, questions, tmp_path_factory):
+    place = tmp_path_factory.mktemp("awq")
+    return read(peer("gptqmodel"), [ours / name for name in AWQ], questions, place, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def compressed_as_read(ours, peer, questions, tmp_path_factory):
+    place = tmp_path_factory.mktemp("compressed")
+    return read(peer("llmcompressor"), [ours / name for name in COMPRESSED], questions, place)
+
+
+def logits(directory, questions, dtype):
+    """Return ours."""
+    model, ids = load_model(directory, dtype=dtype), questions[0]
+    windows = score.documents([ids.shape[1]] * len(ids))
+    with torch.inference_mode():
+        hidden = score._windows_hidden(model, ids.flatten().tolist(), windows)
+        return model.lm_head(hidden).float().view(*ids.shape, -1)
+
+
+def packed_layers(directory):
+    return {
+        name: layer for name, layer in load_model(directory).named_modules() if isinstance(layer, PackedLinear)
+    }
+
+
+def largest_gap(theirs, mine):
+    return float((theirs - mine).abs().max() / mine.abs().max())
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_tensors_reads_the_same_weights(ours, compressed_as_read, questions, name):
+    theirs, _ = compressed_as_read[name]
+    for layer, packed in packed_layers(ours / name).items():
+        assert torch.equal(packed.dequantize(torch.float32), theirs[layer]), layer
+    assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_gptqmodel_reads_the_same_weights(ours, gptq_as_read, questions, name):
+    theirs, seen = gptq_as_read[name]
+    assert "Linear" not in seen["layers"]
+    for layer, packed in packed_layers(ours / name).items():
+        assert torch.equal(packed.dequantize(torch.float16).float(), theirs[layer]), layer
+    assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.float32)) < 1e-3
