@@ -114,3 +114,55 @@ def test_gptqmodel_reads_the_same_weights(ours, gptq_as_read, questions, name):
     for layer, packed in packed_layers(ours / name).items():
         assert torch.equal(packed.dequantize(torch.float16).float(), theirs[layer]), layer
     assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.float32)) < 1e-3
+
+
+@pytest.mark.parametrize("name", AWQ)
+def test_gptqmodel_reads_the_same_awq_weights(ours, awq_as_read, questions, name):
+    theirs, seen = awq_as_read[name]
+    assert "Linear" not in seen["layers"]
+    for layer, packed in packed_layers(ours / name).items():
+        assert torch.equal(packed.dequantize(torch.bfloat16).float(), theirs[layer]), layer
+    assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.bfloat16)) < 2e-2
+
+
+WRITTEN = {
+    "gptqmodel": {
+        "gptq": ("gptqmodel_quantize", {"bits": 4, "group_size": 128, "sym": True, "desc_act": True}),
+        "gptq-3bit-asym": ("gptqmodel_quantize", {"bits": 3, "group_size": 32, "sym": False, "desc_act": False}),
+        "gptq-v2-8bit": (
+            "gptqmodel_quantize",
+            {"bits": 8, "group_size": 128, "sym": True, "desc_act": False, "format": "gptq_v2"},
+        ),
+    },
+    "llmcompressor": {
+        "gptq-static": ("llmcompressor_quantize", {"bits": 4, "group_size": 128, "sym": True, "actorder": "static"}),
+        "rtn-3bit-asym": ("llmcompressor_quantize", {"bits": 3, "group_size": 32, "sym": False, "method": "rtn"}),
+        "rtn-8bit-rows": ("llmcompressor_quantize", {"bits": 8, "group_size": -1, "sym": True, "method": "rtn"}),
+    },
+    "bitsandbytes": {
+        "int8": ("bitsandbytes_quantize", {"method": "int8"}),
+        "nf4": ("bitsandbytes_quantize", {"method": "nf4", "double": False}),
+        "nf4-double": ("bitsandbytes_quantize", {"method": "nf4", "double": True}),
+    },
+}
+"""What peers are asked to write, by peer and name: the script and what it is told."""
+
+
+@pytest.fixture(scope="module", params=list(WRITTEN))
+def written(request, peer, two_layers, text, questions, tmp_path_factory):
+    """Directories that a peer wrote, and what Transformers makes of them in the same environment."""
+    program, place = peer(request.param), tmp_path_factory.mktemp(request.param)
+    tokens = place / "tokens.safetensors"
+    save_file({"ids": text("valid", 16, 128).to(torch.int32)}, tokens)
+    for name, (script, told) in WRITTEN[request.param].items():
+        program.run(script, model=two_layers, out=place / name, tokens=tokens, **told)
+    directories = [place / name for name in WRITTEN[request.param]]
+    return place, read(program, directories, questions, tmp_path_factory.mktemp("read"))
+
+
+def test_we_read_what_others_wrote(written, questions):
+    place, seen = written
+    for name, (theirs, about) in seen.items():
+        assert not about["problem"], name
+        mine = logits(place / name, questions, torch.float32)
+        assert largest_gap(theirs["logits"], mine) < 2e-3, name

@@ -8,6 +8,7 @@ from the lists of exact versions beside the scripts.
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -55,13 +56,13 @@ class Peer:
 
     @property
     def python(self) -> Path:
-        """Return the interpreter of the environment."""
-        return ENVIRONMENTS / self.name / "bin/python"
+        """Return the interpreter of the environment; `llamero` is a peer like any other, in this one."""
+        return Path(sys.executable) if self.name == "llamero" else ENVIRONMENTS / self.name / "bin/python"
 
     @property
     def absent(self) -> str:
         """Return what to say where the environment was not built, or nothing."""
-        built = (ENVIRONMENTS / self.name / ".installed").exists()
+        built = self.name == "llamero" or (ENVIRONMENTS / self.name / ".installed").exists()
         return "" if built else f"no environment for {self.name}: `make peers` builds it (.venv-peers/{self.name})"
 
     def run(self, script: str, *, timeout: float = 1800, **job: Any) -> Done:
