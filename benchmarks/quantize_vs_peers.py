@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 from record import append
-from safetensors.torch import load_file, save_file
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from safetensors.torch import save_file
 
 from llamero.infer import score
 from llamero.model.load import load_model
 from llamero.text.tokenizer import load_tokenizer
-from parity.peers import HERE as PEERS
-from parity.peers import Peer, PeerError
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from parity.peers import HERE as PEERS  # noqa: E402
+from parity.peers import Peer, PeerError  # noqa: E402
 
 SHARED = ROOT.parent / "shared/data"
 PROGRAMS = ("gptqmodel", "llmcompressor", "auto-round")
@@ -43,7 +43,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.bits}-bit {'row' if self.group_size == -1 else self.group_size}{'' if self.ordered else ', as they lie'}"
+        group = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {group}{'' if self.ordered else ', as they lie'}"
 
     @property
     def ours(self) -> str:
@@ -198,7 +199,9 @@ def report(
     kl: dict[tuple[str, Case], float],
 ) -> None:
     """Print ratios and keep them."""
-    print(f"\nllamero: {together.cpu_seconds:.1f} CPU-s for {len(cases)} variants ({together.work_seconds:.1f} of work), ")
+    print(
+        f"\nllamero: {together.cpu_seconds:.1f} CPU-s for {len(cases)} variants ({together.work_seconds:.1f} of work), "
+    )
     print(f"{alone.cpu_seconds:.1f} for the first alone ({alone.work_seconds:.1f}); peak {gib(together)} GiB.")
     marginal = (together.work_seconds - alone.work_seconds) / max(1, len(cases) - 1) / alone.work_seconds
     print(f"A further variant costs {marginal:.1%} of the first.")

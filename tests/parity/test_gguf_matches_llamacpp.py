@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 MIXES = tuple(gguf_mix.MIXES)
 ROUNDED = tuple(name for name in MIXES if name not in gguf_mix.PLAIN)
-WORDS = "The tower is 324 metres tall, about the same height as an 81-storey building.\n\n  Ünïcode: 漢字, don't — 12,345"
+WORDS = (
+    "The tower is 324 metres tall, about the same height as an 81-storey building.\n\n  Ünïcode: 漢字, don't — 12,345"
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 GPTQ and AWQ through GPTQModel's kernels, compressed-tensors through its own library: `make peers` installs them.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,6 +35,9 @@ COMPRESSED = (
     *(f"gptq-{bits}bit-32g-actorder_static-asym-ct" for bits in range(2, 9)),
 )
 
+KERNELS = {"gptq-4bit--1g-actorder_True": {"bits": 4, "backend": "torch"}}
+"""Kernels to ask GPTQModel for; the one that it chooses itself for rows of 768 channels on a CPU then refuses them."""
+
 
 @pytest.fixture(scope="module")
 def ours(two_layers, text, tmp_path_factory):
@@ -53,11 +54,12 @@ def ours(two_layers, text, tmp_path_factory):
 def read(peer, directories, questions, place, *, dtype="float32"):
     """Return what Transformers made of directories, by their names."""
     models = [
-        {"model": str(path), "out": str(place / f"{path.name}.safetensors"), "dtype": dtype} for path in directories
+        {"model": path, "out": place / f"{path.name}.safetensors", "dtype": dtype, **KERNELS.get(path.name, {})}
+        for path in directories
     ]
     done = peer.run("transformers_logits", tokens=questions[1], models=models)
     return {
-        path.name: (load_file(told["out"]), seen)
+        path.name: ({} if seen["problem"] else load_file(told["out"]), seen)
         for path, told, seen in zip(directories, models, done.answer["models"], strict=True)
     }
 
@@ -90,9 +92,7 @@ def logits(directory, questions, dtype):
 
 
 def packed_layers(directory):
-    return {
-        name: layer for name, layer in load_model(directory).named_modules() if isinstance(layer, PackedLinear)
-    }
+    return {name: layer for name, layer in load_model(directory).named_modules() if isinstance(layer, PackedLinear)}
 
 
 def largest_gap(theirs, mine):
@@ -101,7 +101,8 @@ def largest_gap(theirs, mine):
 
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_compressed_tensors_reads_the_same_weights(ours, compressed_as_read, questions, name):
-    theirs, _ = compressed_as_read[name]
+    theirs, seen = compressed_as_read[name]
+    assert not seen["problem"]
     for layer, packed in packed_layers(ours / name).items():
         assert torch.equal(packed.dequantize(torch.float32), theirs[layer]), layer
     assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.float32)) < 1e-5
@@ -110,6 +111,7 @@ def test_compressed_tensors_reads_the_same_weights(ours, compressed_as_read, que
 @pytest.mark.parametrize("name", GPTQ)
 def test_gptqmodel_reads_the_same_weights(ours, gptq_as_read, questions, name):
     theirs, seen = gptq_as_read[name]
+    assert not seen["problem"]
     assert "Linear" not in seen["layers"]
     for layer, packed in packed_layers(ours / name).items():
         assert torch.equal(packed.dequantize(torch.float16).float(), theirs[layer]), layer
@@ -119,6 +121,7 @@ def test_gptqmodel_reads_the_same_weights(ours, gptq_as_read, questions, name):
 @pytest.mark.parametrize("name", AWQ)
 def test_gptqmodel_reads_the_same_awq_weights(ours, awq_as_read, questions, name):
     theirs, seen = awq_as_read[name]
+    assert not seen["problem"]
     assert "Linear" not in seen["layers"]
     for layer, packed in packed_layers(ours / name).items():
         assert torch.equal(packed.dequantize(torch.bfloat16).float(), theirs[layer]), layer

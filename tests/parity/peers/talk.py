@@ -22,5 +22,5 @@ _IMPORTED = 0.0
 
 def imported() -> None:
     """Note that everything is imported: CPU-seconds until here are no work."""
-    global _IMPORTED  # noqa: PLW0603
+    global _IMPORTED
     _IMPORTED = time.process_time()

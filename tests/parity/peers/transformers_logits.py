@@ -7,9 +7,12 @@ backend (GPTQModel's kernel, `auto` or not given: its own choice). Where one fai
 """
 
 import gc
+import os
 import traceback
 from pathlib import Path
 from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # or GPTQModel compiles every layer for a minute
 
 import torch
 from safetensors.torch import load_file, save_file
