@@ -159,6 +159,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "use_marlin": (False, None),
     "adapter": (None, {}),
     "rotation": (None, ""),
+    "data_type": ("int", None),
 }
 """Keys whose other values are another layout."""
 
@@ -171,7 +172,8 @@ _HARMLESS = {
     "pad_token_id", "disable_exllama", "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs",
     "modules_in_block_to_quantize", "use_cuda_fp16", "model_seqlen", "offload_to_disk", "offload_to_disk_path",
     "compute_device_filter", "hyb_act", "mock_quantization", "quant_path", "parallel_packing",
-    "auto_forward_data_parallel",
+    "auto_forward_data_parallel", "autoround_version", "provider", "static_attention_granularity",
+    "static_kv_granularity",
 }  # fmt: skip
 """Keys about how the codes were found, or about other loaders: which layers are packed, in what order and with how
 many bits is read from the tensors themselves."""
