@@ -78,6 +78,14 @@ def test_what_is_not_understood_is_refused(change, says):
     assert caught.value.fix
 
 
+def test_keys_of_auto_round_are_understood():
+    told = {"provider": "auto-round", "autoround_version": "0.15.1", "data_type": "int"}
+    granular = {"static_kv_granularity": "tensor", "static_attention_granularity": "tensor"}
+    assert packed.parse_format({**PLAIN, **told, **granular}, where="x") == gptq.Format(4, 128, 1)
+    with pytest.raises(LlameroError, match="`data_type: fp` is not understood"):
+        packed.parse_format({**PLAIN, "data_type": "fp"}, where="x")
+
+
 def test_older_directories_describe_themselves_beside_the_config(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert packed.read_format(tmp_path) is None
