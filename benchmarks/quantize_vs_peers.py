@@ -25,8 +25,8 @@ from llamero.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from parity.peers import HERE as PEERS  # noqa: E402
-from parity.peers import Peer, PeerError  # noqa: E402
+from parity.peers import HERE as PEERS  # noqa: E402  # pyright: ignore[reportMissingImports]
+from parity.peers import Peer, PeerError  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 SHARED = ROOT.parent / "shared/data"
 PROGRAMS = ("gptqmodel", "llmcompressor", "auto-round")
@@ -96,8 +96,8 @@ def kept(place: Path, make: Any) -> Cost | str:
     """Return the cost of a directory, made before or now; what went wrong where the program failed."""
     note = place.with_suffix(".json")
     if note.exists():
-        found = json.loads(note.read_text())
-        return found["failed"] if "failed" in found else Cost(**found)
+        noted = json.loads(note.read_text())
+        return noted["failed"] if "failed" in noted else Cost(**noted)
     shutil.rmtree(place, ignore_errors=True)
     try:
         found: Cost | str = make()

@@ -28,7 +28,7 @@ tuner = AutoRound(
     nsamples=len(ids),
     seqlen=ids.shape[1],
     batch_size=told.get("batch", 8),
-    dataset=torch.utils.data.DataLoader(ids, batch_size=1),
+    dataset=torch.utils.data.DataLoader(list(ids), batch_size=1),
     device_map="cpu",
     enable_torch_compile=False,
 )
