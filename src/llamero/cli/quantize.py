@@ -133,12 +133,14 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     config = _config(keys)
     directory = resolve_model(model)
     import_uninterrupted("llamero.quantize.run")
-    from llamero.quantize.run import for_model
+    from llamero.model.load import load_config
+    from llamero.quantize.choose import choose
     from llamero.quantize.run import run as make
     from llamero.quantize.sequences import draw
     from llamero.text.tokenizer import load_tokenizer
 
-    config, left = for_model(config, directory)
+    chosen, left = choose(config, load_config(directory), source=directory, where=model)
+    config = config.model_copy(update={"variants": tuple(variant.name for variant in chosen)})
     taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
     if taken:
         raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
@@ -190,10 +192,14 @@ def _say_reports(reports: Sequence[VariantReport]) -> None:
 
 def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     import_uninterrupted("llamero.quantize.sizes")
-    from llamero.quantize.sizes import plan
+    from llamero.model.load import DTYPES, empty_model
+    from llamero.quantize.choose import choose
+    from llamero.quantize.sizes import size as foretell
 
-    shape, config, known_from = _shape(model, keys)
-    sizes, left = plan(shape, config)
+    shape, config, known_from, source = _shape(model, keys)
+    chosen, left = choose(config, shape, source=source, where=known_from)
+    meta, dtype = empty_model(shape), DTYPES[config.dtype]
+    sizes = [foretell(meta, variant, dtype=dtype, source=source) for variant in chosen]
     if as_json:
         said = [_to_json(found) for found in sizes]
         out.print_json(dumps({"model": known_from, "variants": said, "left_out": left}))
@@ -207,6 +213,8 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
         table.add_row(found.variant.name, published, size(found.ours), _loads_in(found.variant))
     out.print(table)
     out.print("published: one file, GPTQ's with a bias of zeros for each linear layer; ours have none", soft_wrap=True)
+    if any(found.without_tokenizer for found in sizes):
+        out.print("GGUF files hold the tokenizer too, which is not counted: it is not at hand", soft_wrap=True)
     _say_why([found.variant for found in sizes])
     say_left_out(left)
 
@@ -236,12 +244,13 @@ def _to_json(found: Size) -> dict[str, Any]:
         "name": found.variant.name,
         "as_published": found.as_published,
         "ours": found.ours,
+        "without_tokenizer": found.without_tokenizer,
         "loaders": {name: {"loads": each.loads, "why": each.why} for name, each in verdicts.items()},
     }
 
 
-def _shape(model: str, keys: dict[str, Any]) -> tuple[LlamaConfig, QuantizeConfig, str]:
-    """Return the shape of a model, what it is to become, and where the shape is known from.
+def _shape(model: str, keys: dict[str, Any]) -> tuple[LlamaConfig, QuantizeConfig, str, Path | None]:
+    """Return the shape of a model, what it is to become, where the shape is known from, and the tokenizer's directory.
 
     A model is a directory, a config.json, a recipe (whose `quantize` counts where the command says nothing), or a name.
     """
@@ -257,7 +266,8 @@ def _shape(model: str, keys: dict[str, Any]) -> tuple[LlamaConfig, QuantizeConfi
         recipe = load(path, ())
         shape, known_from = base.base_config(recipe, path.parent)
         config = recipe.quantize if recipe.quantize and "variants" not in keys else _config(keys)
-        return base.trained_config(shape, recipe), config, f"{recipe.name} ({known_from})"
+        return base.trained_config(shape, recipe), config, f"{recipe.name} ({known_from})", None
     if path.suffix == ".json" and path.is_file():
-        return from_hf(hf.read_json(path), where=str(path)), _config(keys), model
-    return load_config(resolve_model(model, weights=False)), _config(keys), model
+        return from_hf(hf.read_json(path), where=str(path)), _config(keys), model, None
+    directory = resolve_model(model, weights=False)
+    return load_config(directory), _config(keys), model, directory

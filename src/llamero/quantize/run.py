@@ -22,7 +22,7 @@ from llamero.quantize.gguf import GgufVariantWriter
 from llamero.quantize.methods import DAMPED, METHODS
 from llamero.quantize.problem import LayerProblems, Solution, pose
 from llamero.quantize.streams import Stream
-from llamero.quantize.variants import Layout, Variant, fitting, refuse_misfits
+from llamero.quantize.variants import Layout, Variant, refuse_misfits
 from llamero.quantize.write import VariantWriter, Writer, widths
 
 WRITERS: dict[Layout, Callable[..., Writer]] = {
@@ -164,24 +164,6 @@ def run(
             del layer  # before the next one is read, not after
         _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
         return [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
-
-
-def for_model(config: QuantizeConfig, model: Path) -> tuple[QuantizeConfig, dict[str, str]]:
-    """Return a config without those of the default variants that a model cannot become, and why it cannot.
-
-    Variants that the config names are left alone: `run` refuses what cannot be made.
-
-    Args:
-        config: Variants and how to find them.
-        model: Directory of the unquantized model.
-    """
-    if "variants" in config.model_fields_set:
-        return config, {}
-    layers = widths(empty_model(load_config(model)))
-    kept, left = fitting(config.parsed(), layers)
-    if not kept:
-        refuse_misfits(config.parsed(), layers, where=str(model))
-    return config.model_copy(update={"variants": tuple(variant.name for variant in kept)}), left
 
 
 def _check_places(model: Path, places: list[Path]) -> None:

@@ -6,17 +6,17 @@ store a bias of zeros for each linear layer of a GPTQ model.
 
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
 from llamero.checkpoint import hf
-from llamero.model.config import LlamaConfig
+from llamero.checkpoint.gguf_write import sizes
 from llamero.model.llama import Llama
-from llamero.model.load import DTYPES, empty_model
-from llamero.quantize import gguf_sizes
-from llamero.quantize.config import QuantizeConfig
-from llamero.quantize.variants import Variant, fitting, refuse_misfits
-from llamero.quantize.write import quantized_layers, tensor_specs, widths
+from llamero.quantize import gguf, gguf_sizes
+from llamero.quantize.gguf_metadata import metadata
+from llamero.quantize.variants import Variant
+from llamero.quantize.write import quantized_layers, tensor_specs
 
 AWQ_SHARD_BYTES = 10_000_000_000
 """Largest file of published AWQ models; published GPTQ models are one file."""
@@ -30,40 +30,25 @@ class Size:
     ours: int
     as_published: int | None
     """`None` where there is no custom to compare with."""
+    without_tokenizer: bool = False
+    """Whether the tokenizer, which GGUF files hold too, is not counted: its files were not at hand."""
 
 
-def plan(shape: LlamaConfig, config: QuantizeConfig) -> tuple[list[Size], dict[str, str]]:
-    """Return the size of each variant, and why some of the default ones cannot be made, by name.
-
-    Args:
-        shape: Of the unquantized model.
-        config: The variants.
-
-    Raises:
-        LlameroError: If a variant that the config names cannot be made, or none can.
-    """
-    model = empty_model(shape)
-    kept, left = fitting(config.parsed(), widths(model))
-    if left and ("variants" in config.model_fields_set or not kept):
-        refuse_misfits(config.parsed(), widths(model), where="variants")
-    found = []
-    for variant in kept:
-        if variant.layout == "gguf":
-            found.append(Size(variant, gguf_sizes.size(shape, variant.mix), None))
-        else:
-            found.append(size(model, variant, dtype=DTYPES[config.dtype]))
-    return found, left
-
-
-def size(model: Llama, variant: Variant, *, dtype: torch.dtype, shard_bytes: int = hf.SHARD_BYTES) -> Size:
+def size(
+    model: Llama, variant: Variant, *, dtype: torch.dtype, shard_bytes: int | None = None, source: Path | None = None
+) -> Size:
     """Return the size of a variant.
 
     Args:
         model: The unquantized model, on the meta device.
         variant: What it becomes.
         dtype: Dtype of what is not quantized.
-        shard_bytes: Largest file of ours.
+        shard_bytes: Largest file of ours; the writer's own by default.
+        source: Directory of the model, or one with its tokenizer, where there is one.
     """
+    if variant.layout == "gguf":
+        return _gguf(model, variant, shard_bytes or gguf.SHARD_BYTES, source)
+    shard_bytes = shard_bytes or hf.SHARD_BYTES
     specs = tensor_specs(model, variant, dtype)
     published = None
     if variant.layout == "gptq":
@@ -74,6 +59,13 @@ def size(model: Llama, variant: Variant, *, dtype: torch.dtype, shard_bytes: int
 
 
 _ONE_FILE = 2**63
+
+
+def _gguf(model: Llama, variant: Variant, shard_bytes: int, source: Path | None) -> Size:
+    specs = gguf_sizes.specs(model.config, variant.mix)
+    at_hand = source is not None and any(source.glob("tokenizer*"))
+    values = metadata(source, model.config, variant.mix).values if source is not None and at_hand else {}
+    return Size(variant, sum(sizes(values, specs, shard_bytes)), None, without_tokenizer=not at_hand)
 
 
 def _with_biases(model: Llama, specs: dict[str, hf.Spec]) -> dict[str, hf.Spec]:

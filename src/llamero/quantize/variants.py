@@ -45,6 +45,12 @@ PUBLISHED = (
     "gptq-3bit-128g-actorder_True",
     "awq-4bit-128g",
     "awq-4bit-32g",
+    "gguf-Q2_K",
+    "gguf-Q3_K_M",
+    "gguf-Q4_K_M",
+    "gguf-Q5_K_M",
+    "gguf-Q6_K",
+    "gguf-Q8_0",
 )
 """The variants that quantizers publish, the one of the main branch first; the default set is these and their siblings
 (`default_set`)."""

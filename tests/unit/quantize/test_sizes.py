@@ -9,10 +9,12 @@ from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import empty_model, save_model
 from llamero.model.rope import Default
+from llamero.quantize.choose import choose
 from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.run import run
-from llamero.quantize.sizes import plan, size
-from llamero.quantize.variants import parse
+from llamero.quantize.sizes import size
+from llamero.quantize.variants import default_set, parse
+from llamero.text.tokenizer import train_bpe
 
 LLAMA_2_70B = LlamaConfig(
     vocab_size=32_000,
@@ -104,9 +106,35 @@ def test_ours_is_what_is_written_to_the_byte(tmp_path, changes, shard_bytes):
         assert planned.ours == report.size_bytes == on_disk, report.variant.name
 
 
-def test_a_plan_leaves_out_default_variants_that_do_not_divide_and_refuses_named_ones():
-    sizes, left = plan(TINY, QuantizeConfig())
-    assert [found.variant.name for found in sizes] == [
+@pytest.mark.parametrize("shard_bytes", [None, 60_000])
+def test_gguf_files_are_foretold_to_the_byte(tmp_path, shard_bytes):
+    source = tmp_path / "plain"
+    shape = replace(TINY, vocab_size=262)
+    model = Llama(shape)
+    initialize(model, seed=1, std=0.3)
+    train_bpe(iter(["the cat sat on the mat"]), vocab_size=262).save(source)
+    save_model(model, source)
+    names = tuple(name for name in default_set() if name.startswith("gguf"))
+    config = QuantizeConfig(variants=names)
+    made = run(
+        config, model=source, out=lambda v: tmp_path / v.name, tokens=[torch.arange(64)], shard_bytes=shard_bytes
+    )
+    meta = empty_model(shape)
+    for report in made:
+        on_disk = sum(path.stat().st_size for path in report.path.glob("*.gguf"))
+        found = size(meta, report.variant, dtype=torch.float16, shard_bytes=shard_bytes, source=source)
+        assert (found.ours, found.without_tokenizer) == (on_disk, False), report.variant.name
+        bare = size(meta, report.variant, dtype=torch.float16, shard_bytes=shard_bytes)
+        assert bare.without_tokenizer
+        assert on_disk - 10_000 < bare.ours < on_disk
+
+
+def test_default_variants_that_cannot_be_made_are_left_out_and_named_ones_refused(tmp_path):
+    def chosen(config, shape=TINY, source=None):
+        return choose(config, shape, source=source, where="here")
+
+    kept, left = chosen(QuantizeConfig())
+    assert [variant.name for variant in kept] == [
         "gptq-4bit--1g-actorder_True",
         "gptq-4bit-32g-actorder_True",
         "gptq-4bit-32g-actorder_static",
@@ -115,13 +143,19 @@ def test_a_plan_leaves_out_default_variants_that_do_not_divide_and_refuses_named
         "gptq-3bit--1g-actorder_True",
         "gptq-3bit--1g-actorder_static-ct",
         "awq-4bit-32g",
+        *(f"gguf-{mix}" for mix in ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")),
     ]
     assert left["awq-4bit-128g"] == "groups of 128 do not divide 64 input channels"
-    assert len(sizes) + len(left) == 13
-    named = QuantizeConfig(variants=("rtn-4bit-32g", "rtn-4bit-96g"))
+    assert {variant.name for variant in kept} | left.keys() == set(default_set())
+
+    fewer, more = chosen(QuantizeConfig(), source=tmp_path)  # without a tokenizer
+    assert not any(variant.layout == "gguf" for variant in fewer)
+    assert more["gguf-Q4_K_M"].startswith("its tokenizer: ")
+    assert len(fewer) + len(more) == len(default_set())
+
     with pytest.raises(LlameroError, match="variant `rtn-4bit-96g`: groups of 96 do not divide") as caught:
-        plan(TINY, named)
+        chosen(QuantizeConfig(variants=("rtn-4bit-32g", "rtn-4bit-96g")))
     assert caught.value.fix is not None
     assert "rtn-4bit-32g can be made" in caught.value.fix
     with pytest.raises(LlameroError, match="72 channels; its readers need a multiple of 32"):
-        plan(replace(TINY, intermediate_size=72), QuantizeConfig())
+        chosen(QuantizeConfig(), replace(TINY, intermediate_size=72), tmp_path)

@@ -81,6 +81,7 @@ def test_default_variants_that_the_base_cannot_become_are_left_out(scratch):
         "gptq-3bit--1g-actorder_True",
         "gptq-3bit--1g-actorder_static-ct",
         "awq-4bit-32g",
+        *(f"gguf-{mix}" for mix in ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")),
     )
     assert left["gptq-4bit-64g-actorder_True"] == "groups of 64 do not divide 32 input channels"
     refuse_what_does_not_fit(fewer, None)
