@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
 from llamero.checkpoint import hf
-from llamero.core import files, progress
+from llamero.core import files, gguf, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +26,7 @@ PUBLISHED = (
     "quant_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    "*.gguf",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -54,7 +55,8 @@ def place_model(source: Path, target: Path, *, sampling: Sampling) -> None:
     Raises:
         LlameroError: The source is no model.
     """
-    hf.read_config(source)
+    if gguf.find(source) is None:
+        hf.read_config(source)
     patterns = PUBLISHED if any(source.glob("*.safetensors")) else PUBLISHED + PICKLES
     names = sorted(path.name for path in source.iterdir() if any(fnmatch(path.name, each) for each in patterns))
     target.mkdir(parents=True)
@@ -82,7 +84,7 @@ def _write_sampling(directory: Path, sampling: Sampling) -> None:
     if path.exists():
         said = hf.read_json(path)
     else:  # whoever finds this file looks for token ids nowhere else
-        config = hf.read_config(directory)
+        config = {} if gguf.find(directory) else hf.read_config(directory)
         said = {key: config[key] for key in _TOKEN_IDS if key in config}
     files.write_json(path, {**said, **told})
 

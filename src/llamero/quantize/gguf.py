@@ -5,10 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamero.checkpoint import hf
 from llamero.checkpoint.gguf_names import ROPE_FREQUENCIES, rows_to_gguf, to_gguf
 from llamero.checkpoint.gguf_write import GgufWriter
-from llamero.core import files
 from llamero.core.errors import LlameroError
 from llamero.model.kquants import BlockCodes, round_to
 from llamero.model.llama import Block, Llama
@@ -83,13 +81,12 @@ class GgufVariantWriter:
                 raise ValueError(f"{prefix}{name} was not solved for a GGUF file")
 
     def finish(self, *, damp: float | None) -> int:
-        """Write what stands beside the weights and return the size of the weights in bytes."""
+        """Write what stands beside the weights and return the size of the weights in bytes.
+
+        There is no config.json: a directory that has one is taken for a model of another layout.
+        """
         self._file.close()
         carry_over(self._source, self.directory)
-        config = hf.read_config(self._source)
-        config.pop("_name_or_path", None)  # often a path on the machine of its maker
-        files.write_json(self.directory / "config.json", config)
-        (self.directory / "config.json").chmod(0o644)
         return sum(path.stat().st_size for path in self._file.paths)
 
     def abandon(self) -> None:
