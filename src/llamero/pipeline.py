@@ -282,8 +282,9 @@ class Plan:
             from llamero.quantize.run import run
 
             drawn = self._calibration(config)
+            imatrix = config.imatrix and self.root / config.imatrix
             reports = run(
-                config.model_copy(update={"variants": tuple(builds)}),
+                config.model_copy(update={"variants": tuple(builds), "imatrix": imatrix}),
                 model=self.path("final"),
                 out=lambda variant: builds[variant.name].path,
                 tokens=drawn.sequences,
@@ -294,9 +295,11 @@ class Plan:
         self.stages.append(Stage("quantize", identities, make))
 
     def _variant(self, config: QuantizeConfig, name: str) -> Identity:
-        said = config.model_dump(mode="json", exclude={"variants", "calibration", *AFTERWARDS})
+        said = config.model_dump(mode="json", exclude={"variants", "calibration", "imatrix", *AFTERWARDS})
         said["calibration"] = config.calibration.decides(self._own_mixture)
         parents = {"model": self._model_digest("final"), **self._calibration_parent(config)}
+        if config.imatrix is not None and name.startswith("gguf-"):
+            parents["imatrix"] = self._content(str(config.imatrix), "importance matrix")
         return Identity("variant", name, {**said, "variant": name, "seed": self.recipe.seed}, parents)
 
     @property

@@ -43,6 +43,7 @@ def quantize(
     template: str = "auto",
     sequence: int = 512,
     tokens: int = 65_536,
+    imatrix: Path | None = None,
     damp: float = 0.01,
     refine: int = 0,
     sym: bool = True,
@@ -67,6 +68,8 @@ def quantize(
         Tokens of a calibration sequence.
     tokens
         Calibration tokens in all.
+    imatrix
+        File of llama.cpp's importances, for GGUF variants instead of what the calibration text says.
     damp
         Dampening, as a fraction of the mean of the Hessian's diagonal.
     refine
@@ -81,6 +84,8 @@ def quantize(
         With --plan: print it as JSON.
     """
     keys: dict[str, Any] = {"damp": damp, "refine": refine, "sym": sym, "dtype": dtype}
+    if imatrix is not None:
+        keys["imatrix"] = str(imatrix)
     if variant:
         keys["variants"] = _known(variant, sym=sym)
     if plan:

@@ -27,6 +27,7 @@ PUBLISHED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.gguf",
+    "imatrix.dat",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

@@ -184,6 +184,8 @@ class QuantizeConfig(Strict):
     does not divide the model's layers is left out."""
     calibration: Calibration = Calibration()
     """The text to look at."""
+    imatrix: Path | None = None
+    """File of llama.cpp's importances (either form) that GGUF variants heed instead of the calibration text."""
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Added to the diagonal of the second moments, as a fraction of its mean; raised, and reported, if too little."""
     refine: int = Field(default=0, ge=0)

@@ -58,14 +58,14 @@ class GgufVariantWriter:
         if isinstance(config.rope, Llama3):
             self._file.add(ROPE_FREQUENCIES, config.rope.divisors())
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of which no solution is known: embedding, head, norms, biases."""
+    def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
+        """Write a tensor of which no solution is known: embedding, head, norms, biases; see `Writer.add`."""
         theirs = _named(name)
         kind = self._specs[theirs].type
         value = tensor.detach().float()
         if not bool(value.isfinite().all()):
             raise LlameroError("values that are not finite", where=name, fix="the weights of the model are broken")
-        codes = BlockCodes(value, kind.name) if kind.name == "F32" else _rounded(value, kind.name, name)
+        codes = BlockCodes(value, kind.name) if kind.name == "F32" else _rounded(value, kind.name, name, importance)
         self._write(name, codes)
 
     def add_layer(self, number: int, block: Block, solution: Solution) -> None:
@@ -104,8 +104,8 @@ class GgufVariantWriter:
         return 8 * sum(spec.nbytes for spec in specs) / sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
-def _rounded(value: Tensor, kind: str, name: str) -> BlockCodes:
-    codes = round_to(value, kind)
+def _rounded(value: Tensor, kind: str, name: str, importance: Tensor | None) -> BlockCodes:
+    codes = round_to(value, kind, importance=importance)
     if not bool(codes.dequantize().isfinite().all()):
         raise LlameroError(f"its values (up to {value.abs().max():g}) do not fit into {kind}", where=name)
     return codes

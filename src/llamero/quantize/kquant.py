@@ -1,11 +1,13 @@
 """Weights in the types of a GGUF mix, each rounded with the importance of its input channel."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from llamero.checkpoint.gguf_names import to_gguf
 from llamero.model.kquants import round_to
 from llamero.quantize import gguf_mix
-from llamero.quantize.problem import LayerProblems, Solution
+from llamero.quantize.problem import LayerProblems, Problem, Solution
 from llamero.quantize.variants import Variant
 
 
@@ -17,25 +19,25 @@ def solve(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solutio
     for variant in variants:
         kinds, solution = gguf_mix.types(layer.shape, variant.mix), Solution()
         for problem in layer.inputs.values():
-            importance = problem.statistics.second_moment.diagonal() / problem.statistics.tokens
-            parts = zip(problem.names, problem.weight.split(problem.outputs), strict=True)
-            codes = {
-                name: round_to(weight, kind_of(kinds, layer.number, name), importance=importance)
-                for name, weight in parts
-            }
+            codes = {}
+            for name, weight in zip(problem.names, problem.weight.split(problem.outputs), strict=True):
+                theirs = _named(layer, name)
+                heeded = solution.importance[theirs] = importance(layer, problem, theirs)
+                codes[name] = round_to(weight, kinds[theirs], importance=heeded)
             solution.add_parts(problem, codes)
         yield solution
 
 
-def kind_of(kinds: Mapping[str, str], number: int, name: str) -> str:
-    """Return the type of a linear layer.
+def importance(layer: LayerProblems, problem: Problem, theirs: str) -> Tensor:
+    """Return the mean square (d,) of the inputs of a layer, by its name in GGUF: that of a file, if one is given."""
+    given = layer.imatrix.get(theirs)
+    if given is not None:
+        return given.to(problem.weight.device)
+    return problem.statistics.second_moment.diagonal() / problem.statistics.tokens
 
-    Args:
-        kinds: Of all tensors, by their names in the file.
-        number: Of the decoder layer.
-        name: Of the linear layer within it.
-    """
-    theirs = to_gguf(f"model.layers.{number}.{name}.weight")
+
+def _named(layer: LayerProblems, name: str) -> str:
+    theirs = to_gguf(f"model.layers.{layer.number}.{name}.weight")
     if theirs is None:
         raise ValueError(f"{name} has no name in GGUF")
-    return kinds[theirs]
+    return theirs

@@ -73,6 +73,8 @@ class LayerProblems:
     """By the keys of `INPUTS`."""
     refine: int = 0
     """Sweeps of coordinate descent after GPTQ."""
+    imatrix: Mapping[str, Tensor] = field(default_factory=dict)
+    """Mean square of input channels by the names of GGUF tensors, where not that of the statistics is to be used."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Solution:
     """Of each linear layer, by its name within the decoder layer."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """The same names."""
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    """Mean square of input channels that was heeded, by the names of GGUF tensors; only of GGUF variants."""
     changed: dict[str, Tensor] = field(default_factory=dict)
     """Other parameters of the decoder layer that go with these codes, such as norms that scales were folded into."""
 
@@ -144,7 +148,14 @@ class Solution:
             self.codes[name], self.fits[name] = part, Fit(error, total, damp, dead)
 
 
-def pose(layer: Layer, shape: LlamaConfig, *, damp: float, refine: int = 0) -> LayerProblems:
+def pose(
+    layer: Layer,
+    shape: LlamaConfig,
+    *,
+    damp: float,
+    refine: int = 0,
+    imatrix: Mapping[str, Tensor] | None = None,
+) -> LayerProblems:
     """Return what is to be solved of a decoder layer.
 
     Args:
@@ -152,12 +163,13 @@ def pose(layer: Layer, shape: LlamaConfig, *, damp: float, refine: int = 0) -> L
         shape: Of the whole model.
         damp: Damping asked for.
         refine: Sweeps after GPTQ.
+        imatrix: Of another file, see `LayerProblems.imatrix`.
 
     Raises:
         LlameroError: If weights are not finite.
     """
     inputs = {source: _problem(layer, source, damp=damp) for source in INPUTS}
-    return LayerProblems(layer.number, layer.block, shape, inputs, refine)
+    return LayerProblems(layer.number, layer.block, shape, inputs, refine, imatrix or {})
 
 
 def _problem(layer: Layer, source: str, *, damp: float) -> Problem:

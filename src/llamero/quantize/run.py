@@ -1,7 +1,7 @@
 """Quantized variants of a model, all of them from one walk through it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llamero.checkpoint import hf, loaders, packed
+from llamero.checkpoint.gguf_names import to_gguf
+from llamero.checkpoint.imatrix import Imatrix, write_imatrix
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.load import DTYPES, EMBEDDING, empty_model, load_config, stored_names
-from llamero.quantize import calibrate, streams
+from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
+from llamero.quantize import calibrate, importance, streams
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.gguf import GgufVariantWriter
@@ -112,6 +114,8 @@ class _Work:
     def __init__(self, variant: Variant, writer: Writer) -> None:
         self.variant, self.writer = variant, writer
         self.modules: list[ModuleReport] = []
+        self.importance: dict[str, Tensor] = {}
+        """Of input channels, by the names of GGUF tensors; only of GGUF variants."""
         self.seconds = 0.0
 
 
@@ -143,6 +147,7 @@ def run(
     refuse_misfits(variants, widths(meta), where=str(model))
     calibrate.check_tokens(tokens, shape)
     _check_places(model, [out(variant) for variant in variants])
+    imatrix = {} if config.imatrix is None else importance.read_for(config.imatrix, shape)
     dtype, compute = DTYPES[config.dtype], DTYPES[config.calibration.arithmetic]
     tensors = hf.open_tensors(model)
     stored = stored_names(meta, tensors)
@@ -160,9 +165,11 @@ def run(
             model, shape, tokens, dtype=compute, device=device, streams=tuple(planned), spill=out(variants[0])
         )
         for layer in walk:
-            _solve_layer(layer, shape, works, config, planned[layer.stream])
+            _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix)
             del layer  # before the next one is read, not after
-        _copy(works, {name: stored[name] for name in outside if name != EMBEDDING}, tensors)
+        ends = {name: stored[name] for name in outside if name != EMBEDDING}
+        heeded = importance.of_head(imatrix, walk.head)
+        _copy(works, ends, tensors, {} if heeded is None else {HEAD: heeded})
         return [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
 
 
@@ -173,18 +180,30 @@ def _check_places(model: Path, places: list[Path]) -> None:
             raise LlameroError("a variant needs a directory of its own", where=place)
 
 
-def _copy(works: list[_Work], names: dict[str, str], tensors: hf.Tensors) -> None:
-    """Write tensors that are not quantized to every variant."""
+def _copy(
+    works: list[_Work], names: dict[str, str], tensors: hf.Tensors, importances: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write tensors that are not quantized to every variant, with the importances of input channels that are known."""
+    importances = importances or {}
     for name, source in names.items():
         tensor = tensors[source]
         for work in works:
-            work.writer.add(name, tensor)
+            work.writer.add(name, tensor, importance=importances.get(name))
+            if name in importances and work.variant.layout == "gguf":
+                work.importance[str(to_gguf(name))] = importances[name].float().cpu()
 
 
 @torch.no_grad()
-def _solve_layer(layer: Layer, shape: LlamaConfig, works: list[_Work], config: QuantizeConfig, stream: Stream) -> None:
+def _solve_layer(
+    layer: Layer,
+    shape: LlamaConfig,
+    works: list[_Work],
+    config: QuantizeConfig,
+    stream: Stream,
+    imatrix: Mapping[str, Tensor],
+) -> None:
     """Quantize a decoder layer once for every variant of a stream, write it, and say how the stream flows on."""
-    problems = pose(layer, shape, damp=config.damp, refine=config.refine)
+    problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix)
     at_work = {work.variant: work for work in works if work.variant in stream.variants}
     asked = [*at_work, stream.leader] if stream.leader not in {None, *at_work} else list(at_work)
     for name, method in METHODS.items():
@@ -198,6 +217,7 @@ def _solve_layer(layer: Layer, shape: LlamaConfig, works: list[_Work], config: Q
             if variant in at_work:
                 work = at_work[variant]
                 work.modules += _reports(problems, solution)
+                work.importance |= {name: values.float().cpu() for name, values in solution.importance.items()}
                 work.writer.add_layer(layer.number, layer.block, solution)
                 work.seconds += time.perf_counter() - started
 
@@ -219,6 +239,9 @@ def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float, compute: torc
     asked = damp if work.variant.method in DAMPED else None
     started = time.perf_counter()
     size = work.writer.finish(damp=asked)
+    if work.importance:
+        found = Imatrix(work.importance, len(tokens), max(len(ids) for ids in tokens))
+        write_imatrix(work.writer.directory / "imatrix.dat", found)
     return VariantReport(
         variant=work.variant,
         path=work.writer.directory,

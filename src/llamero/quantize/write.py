@@ -47,8 +47,14 @@ class Writer(Protocol):
     notes: tuple[str, ...]
     """What was done otherwise than the variant's name says, for the report."""
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor from outside of the decoder layers, by its name in the model."""
+    def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
+        """Write a tensor from outside of the decoder layers, by its name in the model.
+
+        Args:
+            name: In the model.
+            tensor: The tensor.
+            importance: Mean square of its input channels, for layouts in which it is quantized.
+        """
         ...
 
     def add_layer(self, number: int, block: Block, solution: Solution) -> None:
@@ -95,7 +101,7 @@ class VariantWriter:
         self._variant, self._dtype = variant, dtype
         self._shards = hf.ShardWriter(directory, tensor_specs(model, variant, dtype), shard_bytes=shard_bytes)
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
         """Write a tensor that is not quantized."""
         value = tensor.detach().to(self._dtype)
         if not bool(value.isfinite().all()):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llamero.checkpoint.gguf import open_gguf
 from llamero.checkpoint.gguf_names import from_gguf, rows_from_gguf, to_gguf
+from llamero.checkpoint.imatrix import Imatrix, read_imatrix, write_imatrix
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
@@ -62,10 +63,10 @@ def make_model(directory, config):
     return directory
 
 
-def make(model, out, *variants, **options):
+def make(model, out, *variants, imatrix=None, **options):
     random = torch.Generator().manual_seed(2)
     tokens = [torch.randint(0, 300, (length,), generator=random) for length in (48, 17, 64)]
-    config = QuantizeConfig(variants=variants, calibration=Calibration(mixture="chat"))
+    config = QuantizeConfig(variants=variants, calibration=Calibration(mixture="chat"), imatrix=imatrix)
     return run(config, model=model, out=lambda v: out / v.name, tokens=tokens, **options)
 
 
@@ -283,3 +284,50 @@ def test_broken_weights_are_named(tmp_path):
         make(source, tmp_path, "gguf-Q4_K_M")
     assert caught.value.where == "lm_head.weight"
     assert not list((tmp_path / "gguf-Q4_K_M").glob("*.gguf"))
+
+
+def test_importances_are_written_and_heeded_instead_of_our_own(reports, model, tmp_path):
+    first = reports["gguf-Q4_0"]
+    ours = read_imatrix(first.path / "imatrix.dat")
+    kinds = gguf_mix.types(shape(), "Q4_0")
+    assert ours.mean_square.keys() == {*kinds} - {"token_embd.weight"}
+    assert ours.chunks == 3
+    write_imatrix(tmp_path / "same.gguf", ours)
+    other = Imatrix({name: values.flip(0) for name, values in ours.mean_square.items()}, 1, 1)
+    write_imatrix(tmp_path / "other.dat", other)
+    (same,) = make(model, tmp_path / "same", "gguf-Q4_0", imatrix=tmp_path / "same.gguf")
+    (differs,) = make(model, tmp_path / "differs", "gguf-Q4_0", imatrix=tmp_path / "other.dat")
+    assert same.error_per_weight == pytest.approx(first.error_per_weight, rel=1e-3)
+    assert differs.error_per_weight > first.error_per_weight
+    read = read_imatrix(differs.path / "imatrix.dat").mean_square
+    assert all(torch.allclose(values, other.mean_square[name]) for name, values in read.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blk.0.attn_q.weight": torch.ones(255)}, "has 255 channels, this model has 256"),
+        ({"blk.7.attn_q.weight": torch.ones(256)}, "this model has no such tensor"),
+        ({"blk.0.ffn_up.weight": None}, r"lacks 1 layers of the model, such as `blk\.0\.ffn_up"),
+    ],
+)
+def test_importances_of_another_model_are_refused(reports, model, tmp_path, change, said):
+    ours = read_imatrix(reports["gguf-Q4_0"].path / "imatrix.dat")
+    changed = {name: values for name, values in {**ours.mean_square, **change}.items() if values is not None}
+    write_imatrix(tmp_path / "imatrix.dat", Imatrix(changed, 1, 1))
+    with pytest.raises(LlameroError, match=said) as caught:
+        make(model, tmp_path, "gguf-Q4_0", imatrix=tmp_path / "imatrix.dat")
+    assert "imatrix.dat" in str(caught.value)
+
+
+def test_the_head_heeds_importances_too(reports, model, tmp_path):
+    ours = read_imatrix(reports["gguf-Q4_0"].path / "imatrix.dat")
+    head = torch.full((256,), 1e-6)
+    head[::2] = 1.0
+    write_imatrix(tmp_path / "imatrix.dat", Imatrix({**ours.mean_square, "output.weight": head}, 1, 1))
+    (report,) = make(model, tmp_path, "gguf-Q4_0", imatrix=tmp_path / "imatrix.dat")
+    plain = load_model(model, dtype=torch.float32).lm_head.weight.detach()
+    errors = [
+        (theirs(files(each)[0])["lm_head.weight"] - plain)[:, ::2].norm() for each in (report, reports["gguf-Q4_0"])
+    ]
+    assert errors[0] < 0.98 * errors[1]
