@@ -44,18 +44,18 @@ def write_gguf(
     for key, value in ({**metadata(model), **(change or {})}).items():
         if value is not None:
             add(writer, key, value)
-    found: dict[str, tuple[np.ndarray, str] | None] = {}
+    found: dict[str, tuple[np.ndarray, str]] = {}
     for name, parameter in model.named_parameters():
         theirs = gguf_name(name)
         chosen = kind if isinstance(kind, str) else kind.get(theirs, "F32")
         if parameter.dim() < 2:
             chosen = "F32"
-        found[theirs] = (encoded(gguf, parameter, chosen), chosen)
+        rows = encoded(gguf, parameter, chosen)
         if ".q_proj." in name or ".k_proj." in name:
-            rows = found[theirs][0]
             heads = len(rows) // config.head_dim
             swapped = rows.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2)
-            found[theirs] = (np.ascontiguousarray(swapped.reshape(rows.shape)), chosen)
+            rows = np.ascontiguousarray(swapped.reshape(rows.shape))
+        found[theirs] = (rows, chosen)
     for name, entry in ({**found, **(tensors or {})}).items():
         if entry is not None:
             writer.add_tensor(name, entry[0], raw_dtype=gguf.GGMLQuantizationType[entry[1]])

@@ -14,8 +14,11 @@ from llamero.model.linear import PackedLinear
 BLOCKS = "blocks"
 """Name of the bytes, in a module and among the tensors that it is filled from."""
 
-_AT_ONCE = 1 << 24
-"""Weights that are decoded together: of a head over 128,256 tokens all of them would be two gigabytes."""
+AT_ONCE = {"cpu": 1 << 19}
+"""Weights that are decoded together: on a CPU what stays in its cache, which is two to seven times as fast as a whole
+layer of a 7B at a time (`benchmarks/kquant_linear.py`)."""
+_AT_ONCE_ELSEWHERE = 1 << 24
+"""Of a head over 128,256 tokens all weights would be two gigabytes."""
 
 
 def _empty(rows: int, width: int, kind: str) -> UInt8[Tensor, "rows bytes"]:
@@ -23,7 +26,7 @@ def _empty(rows: int, width: int, kind: str) -> UInt8[Tensor, "rows bytes"]:
 
 
 def _split(blocks: UInt8[Tensor, "rows bytes"], width: int) -> tuple[Tensor, ...]:
-    return blocks.split(max(1, _AT_ONCE // width))
+    return blocks.split(max(1, AT_ONCE.get(blocks.device.type, _AT_ONCE_ELSEWHERE) // width))
 
 
 class KQuantLinear(PackedLinear):
@@ -50,8 +53,12 @@ class KQuantLinear(PackedLinear):
 
     def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
         """Return the weight that the blocks of a layer like this one stand for; decoded in float32, rounded once."""
-        parts = [kquants.decode(rows, self.kind).to(dtype) for rows in _split(codes[BLOCKS], self.in_features)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        blocks = codes[BLOCKS]
+        weight = torch.empty(len(blocks), self.in_features, dtype=dtype, device=blocks.device)
+        pieces = _split(blocks, self.in_features)
+        for place, rows in zip(weight.split(len(pieces[0])), pieces, strict=True):
+            place.copy_(kquants.decode(rows, self.kind))
+        return weight
 
     def cuts(self, of: int, *, outputs: bool) -> bool:
         """Return whether the blocks can be cut into so many equal shares of outputs, or of inputs: at whole blocks."""
@@ -63,13 +70,11 @@ class KQuantLinear(PackedLinear):
         return {BLOCKS: codes[BLOCKS].chunk(of, dim=0 if outputs else 1)[share].contiguous()}
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
-        """Apply the layer in the dtype of its input; without a gradient a large one is decoded in parts."""
-        if torch.is_grad_enabled() or self.blocks.shape[0] * self.in_features <= _AT_ONCE:
+        """Apply the layer in the dtype of its input; without a gradient no more than a part is ever decoded."""
+        if torch.is_grad_enabled():
             return super().forward(x)
-        parts = [
-            F.linear(x, kquants.decode(rows, self.kind).to(x.dtype)) for rows in _split(self.blocks, self.in_features)
-        ]
-        out = torch.cat(parts, dim=-1)
+        pieces = _split(self.blocks, self.in_features)
+        out = torch.cat([F.linear(x, kquants.decode(rows, self.kind).to(x.dtype)) for rows in pieces], dim=-1)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
 

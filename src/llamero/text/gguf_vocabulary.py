@@ -18,6 +18,7 @@ from llamero.text.tiktoken_bpe import LLAMA3_SPLIT, ONE_DIGIT_SPLIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 KEY = "tokenizer.ggml."
 KIND = f"{KEY}model"
@@ -90,7 +91,7 @@ class FromGguf(NamedTuple):
     chat_template: str | None
 
 
-def from_metadata(metadata: Mapping[str, Any], *, where: object) -> FromGguf:
+def from_metadata(metadata: Mapping[str, Any], *, where: Path | str) -> FromGguf:
     """Return the tokenizer that the metadata of a GGUF file describe.
 
     Args:
@@ -115,7 +116,7 @@ def from_metadata(metadata: Mapping[str, Any], *, where: object) -> FromGguf:
 class _Tokens:
     """The vocabulary of a file."""
 
-    def __init__(self, metadata: Mapping[str, Any], where: object) -> None:
+    def __init__(self, metadata: Mapping[str, Any], where: Path | str) -> None:
         self._metadata, self._where = metadata, where
         self.texts: list[str] = self.listed("tokens", len(metadata.get(f"{KEY}tokens", ())))
         if not self.texts:
@@ -155,7 +156,7 @@ class _Tokens:
         backend.add_tokens(added)
 
 
-def _spm(metadata: Mapping[str, Any], tokens: _Tokens, where: object) -> FromGguf:
+def _spm(metadata: Mapping[str, Any], tokens: _Tokens, where: Path | str) -> FromGguf:
     """SentencePiece BPE."""
     changes = {
         "a character map (NFKC or other)": metadata.get(f"{KEY}precompiled_charsmap"),
@@ -178,7 +179,7 @@ def _spm(metadata: Mapping[str, Any], tokens: _Tokens, where: object) -> FromGgu
     return _with_conventions(metadata, tokens, FromGguf(backend, bos, eos, unk, None, bos is not None, None))
 
 
-def _bpe(metadata: Mapping[str, Any], tokens: _Tokens, where: object) -> FromGguf:
+def _bpe(metadata: Mapping[str, Any], tokens: _Tokens, where: Path | str) -> FromGguf:
     """Byte-level BPE."""
     name = metadata.get(f"{KEY}pre")
     if name not in PRE:

@@ -10,7 +10,7 @@ import torch
 
 from llamero.cli import app
 from llamero.convert import gguf
-from llamero.convert.config import ConvertConfig
+from llamero.convert.config import ConvertConfig, Target
 from llamero.convert.run import kind_of, run
 from llamero.core.errors import LlameroError
 from llamero.model.load import load_model
@@ -28,7 +28,7 @@ def model(models, tmp_path):
     return load_model(tmp_path / "source")
 
 
-def convert(source, out, to="hf", **options):
+def convert(source, out, to: Target = "hf", **options):
     return run(source, out, ConvertConfig(to=to, **options))
 
 

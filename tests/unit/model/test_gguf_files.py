@@ -104,9 +104,11 @@ def test_biases_are_read(gguf_of, tmp_path):
 
 def test_a_large_layer_is_decoded_in_parts(gguf_of, tmp_path, monkeypatch):
     loaded = load_model(gguf_of(model_of(), tmp_path / "model.gguf", kind={"blk.0.ffn_down.weight": "Q5_K"}))
-    layer, x = loaded.model.layers[0].mlp.down_proj, torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    layer = loaded.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, KQuantLinear)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     expected = F.linear(x, layer.dequantize(torch.float32))
-    monkeypatch.setattr(kquant_linear, "_AT_ONCE", 256 * 100)
+    monkeypatch.setitem(kquant_linear.AT_ONCE, "cpu", 256 * 100)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
     x.requires_grad_()
@@ -117,7 +119,7 @@ def test_a_large_layer_is_decoded_in_parts(gguf_of, tmp_path, monkeypatch):
 @pytest.mark.parametrize("outputs", [True, False])
 def test_shares_of_a_layer_are_cut_at_whole_blocks(outputs):
     w = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
-    shares = []
+    shares, whole = [], torch.empty(0)
     for share in range(2):
         layer = KQuantLinear(512, 6, kind="Q4_K", bias=False)
         layer.blocks.copy_(kquants.encode(w, "Q4_K"))
