@@ -11,14 +11,13 @@ from math import ceil
 import torch
 from torch import nn
 
-from llamero.checkpoint.packed import Format
 from llamero.core.errors import LlameroError
 from llamero.core.hardware import ACCELERATORS, Accelerator
 from llamero.infer.kv import PAGE
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
 from llamero.plan.memory import RUNTIME, Memory
-from llamero.quantize import variants
+from llamero.quantize import gguf_sizes, variants
 
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,17 +33,20 @@ def weights(config: LlamaConfig, form: str, *, sym: bool = True) -> int:
 
     Args:
         config: The model.
-        form: `float16`, `bfloat16`, `float32`, or the name of a variant, such as `gptq-4bit-128g-actorder_True` or
-            `awq-4bit-128g`.
+        form: `float16`, `bfloat16`, `float32`, or the name of a variant, such as `gptq-4bit-128g-actorder_True`,
+            `awq-4bit-128g` or `gguf-Q4_K_M`.
         sym: Whether the grids of a variant are symmetric where its name does not say it.
 
     Raises:
         LlameroError: If the form is unknown, or does not divide a layer.
     """
+    variant = None if form in PLAIN else variants.parse(form, sym=sym)
+    if variant is not None and variant.layout == "gguf":
+        return sum(spec.nbytes for spec in gguf_sizes.specs(config, variant.mix).values())
     with torch.device("meta"):
         model = Llama(replace(config, num_layers=1))  # every layer is like the first
     (block,) = model.model.layers
-    packed, size = _format(form, sym=sym), PLAIN.get(form, torch.float16).itemsize
+    packed, size = variant and variant.format, PLAIN.get(form, torch.float16).itemsize
     ends = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in block.parameters())
     of_block = 0
     for name, module in block.named_modules():
@@ -54,15 +56,6 @@ def weights(config: LlamaConfig, form: str, *, sym: bool = True) -> int:
         else:
             of_block += size * sum(p.numel() for p in module.parameters(recurse=False))
     return size * ends + config.num_layers * of_block
-
-
-def _format(form: str, *, sym: bool) -> Format | None:
-    """Return how the layers of a form are packed; nothing if none is."""
-    if form in PLAIN:
-        return None
-    if form.startswith("gguf"):
-        raise LlameroError(f"what `{form}` needs is not foretold", fix="the size of its file, and the cache beside it")
-    return variants.parse(form, sym=sym).format
 
 
 def _refuse_odd_groups(name: str, inputs: int, group: int) -> None:

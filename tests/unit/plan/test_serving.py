@@ -64,11 +64,19 @@ def test_a_tied_head_is_weighed_once():
 
 
 @pytest.mark.parametrize(
-    ("form", "said"), [("awq-4bit-100g", "do not divide"), ("awq-9bit", "unknown variant"), ("gguf-Q4_K_M", "its file")]
+    ("form", "said"),
+    [("awq-4bit-100g", "do not divide"), ("awq-9bit", "unknown variant"), ("gguf-Q4_K_N", "did you mean")],
 )
 def test_forms_that_cannot_be_are_refused(form, said):
     with pytest.raises(LlameroError, match=said):
         weights(LLAMA_70B, form)
+
+
+def test_gguf_files_weigh_each_tensor_in_its_own_type():
+    norms = (2 * 80 + 1) * 8192
+    matrices = weights(LLAMA_70B, "float16") // 2 - norms
+    assert weights(LLAMA_70B, "gguf-Q8_0") == matrices * 34 // 32 + 4 * norms
+    assert 41.4e9 < weights(LLAMA_70B, "gguf-Q4_K_M") < 41.5e9  # the file that everybody publishes has 41.42 GB
 
 
 def test_compressed_tensors_weigh_codes_scales_and_where_zero_is_not_in_the_middle_zeros():
