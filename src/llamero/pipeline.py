@@ -18,6 +18,7 @@ from llamero.core.artifact import Artifact, Build, Identity
 from llamero.core.download import TOKENIZER_FILES, resolve_model
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.core.files import ContentDigests
+from llamero.corpus import known
 from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
 from llamero.evaluate.config import EvaluateConfig
@@ -341,7 +342,7 @@ class Plan:
         config, measure = self.recipe.quantize, self.recipe.measured_on
         if config is None or measure is None:
             return {}
-        parents = {f"text {name}": self._content(path, f"text {name}") for name, path in measure.texts.items()}
+        parents = {f"text {name}": self._text(said) for name, said in measure.texts.items()}
         self._refuse_calibrated(parents, where="quantize.measure")
         parents |= {f"mixture {mixture}": self.data[mixture].digest for mixture in measure.validation}
         said = {"measure": {**measure.model_dump(mode="json", exclude={"texts"}), "texts": list(measure.texts)}}
@@ -380,6 +381,11 @@ class Plan:
 
         self.stages.append(Stage("measure", {identity.stage: identity for identity in gates.values()}, make))
         return gates
+
+    def _text(self, said: str) -> str:
+        """Return the digest of a text to measure on; a published data set is named, not digested."""
+        published = known.lookup(said.partition(":")[0]) is not None and not (self.root / said).exists()
+        return said if published else self._content(said, "text to measure on")
 
     def _refuse_calibrated(self, files: Mapping[str, str], *, where: str) -> None:
         """Refuse to measure variants on what is calibrated on, under whatever name: contents are compared."""

@@ -6,6 +6,8 @@ import random
 import pytest
 
 from llamero import pipeline
+from llamero.cli import main
+from llamero.corpus.rows import Raw
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import save_model
@@ -119,3 +121,98 @@ def test_what_calibrates_under_another_form_is_found_by_its_tokens(root):
     (root / "other.txt").write_text((root / "calibration.txt").read_text()[:1400] + " the end")
     with pytest.raises(measure.LlameroError, match="% of it was calibrated on"):
         run(root, "quantize.measure={texts: {other: other.txt}, tokens: 200}")
+
+
+def quantize(root, out, *arguments):
+    """Run the command; return its exit code, what stands in its directory, and its report."""
+    how = ["--text", str(root / "calibration.txt"), "--sequence", "32", "--tokens", "640", "--variant", FINE]
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize", str(root / "base"), str(out), *how, "--variant", POOR, *arguments])
+    report = json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else None
+    return stopped.value.code, sorted(path.name for path in out.glob("*/")), report
+
+
+def texts(root, *names):
+    return [part for name in names for part in ("--measure-text", str(root / f"{name}.txt"))]
+
+
+def test_the_command_measures_and_holds_back(root, tmp_path, capsys):
+    code, made, report = quantize(root, tmp_path / "a", *texts(root, "one", "two"), "--max-kl", "0.3")
+    said = capsys.readouterr().out
+    assert code == 1
+    assert made == [FINE, f"{POOR}.rejected"]
+    assert f"not published: {POOR}: KL" in said
+    fine, poor = report["variants"]
+    assert [fine["held_back"], poor["held_back"]] == [False, True]
+    assert "more than 0.3" in poor["wrong"]
+    assert [text["text"] for text in fine["measured"]["texts"]] == ["one.txt", "two.txt"]
+    assert report["original"]["texts"][0]["perplexity"] > 1
+    assert fine["seconds"] > 0
+    kl = fine["measured"]["texts"][0]["kl"]
+    assert f"{kl:.3g}" in said
+    assert "window 64, stride 32" in said
+
+    code, made, report = quantize(
+        root, tmp_path / "b", *texts(root, "one"), "--max-kl", "0.3", "--publish-anyway", POOR
+    )
+    assert (code, made) == (0, [FINE, POOR])
+    assert "published all the same" in capsys.readouterr().out
+    assert report["variants"][1]["wrong"] is not None
+
+
+def test_the_command_says_that_nothing_was_measured(root, tmp_path, capsys):
+    code, made, report = quantize(root, tmp_path / "a", "--no-measure")
+    assert (code, made) == (0, [FINE, POOR])
+    assert "not measured: how far" in capsys.readouterr().out
+    assert report["variants"][0]["measured"] is None
+
+
+def test_default_texts_that_cannot_be_read_are_said(root, tmp_path, capsys, monkeypatch):
+    def unreachable(*_, **__):
+        raise measure.LlameroError("no hub today")
+
+    monkeypatch.setattr("llamero.corpus.hub.read", unreachable)
+    code, _, report = quantize(root, tmp_path / "a")
+    said = capsys.readouterr().out
+    assert code == 0
+    assert "not measured on wikitext-2-raw-v1, test: no hub today" in said
+    assert "not measured on slimpajama, validation: no hub today" in said
+    assert "--measure-text FILE" in said
+    assert report["original"] is None
+
+
+def test_default_texts_are_read_from_the_hub(root, tmp_path, capsys, monkeypatch):
+    def read(name, split, **_):
+        seed = 10 if name == "Salesforce/wikitext" else 11
+        draw = random.Random(f"{seed}{split}")
+        for number in range(90):
+            yield Raw(f"row {number}", {"text": " ".join(draw.choice(("red", "moon", "cat")) for _ in range(40))})
+
+    monkeypatch.setattr("llamero.corpus.hub.read", read)
+    code, _, report = quantize(root, tmp_path / "a", "--max-kl", "9")
+    assert code == 0
+    assert [text["text"] for text in report["original"]["texts"]] == [
+        "wikitext-2-raw-v1, test",
+        "slimpajama, validation",
+    ]
+    assert "sample after sample" in report["original"]["texts"][0]["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--no-measure", "--max-kl", "1"], "without a measurement nothing is held back"),
+        (["--measure-text", "none.txt"], "no such text"),
+        (["--publish-anyway", "awq-4bit-32g"], "no variant `awq-4bit-32g`"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(root, tmp_path, capsys, arguments, says):
+    code, made, _ = quantize(root, tmp_path / "a", *arguments)
+    assert (code, made) == (2, [])
+    assert says in capsys.readouterr().err
+
+
+def test_what_was_calibrated_on_is_refused_before_any_work(root, tmp_path, capsys):
+    code, made, _ = quantize(root, tmp_path / "a", *texts(root, "one", "calibration"))
+    assert (code, made) == (2, [])
+    assert "% of it was calibrated on" in capsys.readouterr().err

@@ -120,6 +120,8 @@ def say_left_out(variants: Mapping[str, str]) -> None:
 def say_faults(verdicts: Mapping[str, Verdict]) -> None:
     """Say which variants are not published, or are all the same, and what is wrong with them."""
     for name, verdict in verdicts.items():
+        if verdict.reason is None:
+            continue
         said = "published all the same" if verdict.published else "not published"
         out.print(
             f"[bold]{said}[/bold]: {escape(name)}: {escape(str(verdict.reason))}", highlight=False, soft_wrap=True

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from llamero.checkpoint import loaders
+from llamero.cli import measured
 from llamero.cli.display import Bars, out, say_left_out, size
 from llamero.cli.options import import_uninterrupted
-from llamero.core.errors import LlameroError, did_you_mean
+from llamero.core.errors import LlameroError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,10 @@ def quantize(
     refine: int = 0,
     sym: bool = True,
     dtype: Literal["float16", "bfloat16"] = "float16",
+    measure: bool = True,
+    measure_text: Annotated[tuple[str, ...], Several] = (),
+    max_kl: float | None = None,
+    publish_anyway: Annotated[tuple[str, ...], Several] = (),
     plan: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -78,6 +83,16 @@ def quantize(
         Symmetric grids.
     dtype
         Of what is not quantized: embeddings, norms, head.
+    measure
+        Measure every variant beside the original, and hold back what is too far from it.
+    measure_text
+        What to measure on, as for --text, but not calibrated on; may be given several times. Without it, the test text
+        of WikiText-2 and the validation text of SlimPajama, from the hub.
+    max_kl
+        Largest KL(original ‖ variant) on any text, in nats per token, of a variant that is not held back; 0.5 by
+        default. The directory of one that is ends in `.rejected`, and so does the command with 1.
+    publish_anyway
+        Variant that is not held back whatever was measured; may be given several times.
     plan
         Only say how large each variant would be and which programs load it; needs no weights and no text.
     json
@@ -96,7 +111,14 @@ def quantize(
             "--json is for --plan" if json else "no directory to write to is named",
             fix="llamero quantize MODEL OUT, or llamero quantize MODEL --plan",
         )
-    keys["calibration"] = {"sources": [_source(said) for said in text], "sequence": sequence, "tokens": tokens}
+    from llamero.quantize.config import source_of
+
+    keys["calibration"] = {
+        "sources": [source_of(said, Path()) for said in text],
+        "sequence": sequence,
+        "tokens": tokens,
+    }
+    keys |= measured.keys(measure=measure, texts=measure_text, max_kl=max_kl, anyway=publish_anyway)
     _make(model, out_dir, keys, template=template)
 
 
@@ -105,20 +127,6 @@ def _known(names: Sequence[str], *, sym: bool) -> tuple[str, ...]:
     from llamero.quantize.variants import parse
 
     return tuple(parse(name, sym=sym).name for name in names)
-
-
-def _source(said: str) -> dict[str, str]:
-    """Return the calibration source that somebody means: a path, or a published data set and its split."""
-    from llamero.corpus import known
-
-    path, (name, _, split) = Path(said).expanduser(), said.partition(":")
-    if path.exists() or known.lookup(name) is None:
-        if not path.exists():
-            near = did_you_mean(name, known.KNOWN)
-            fix = f"{near} or give the path of a file" if near.startswith("did you mean") else "give the path of a file"
-            raise LlameroError("no such calibration text, and no published data set of that name", where=said, fix=fix)
-        return {"path": str(path)}
-    return {"source": name, **({"split": split} if split else {})}
 
 
 def _config(keys: dict[str, Any]) -> QuantizeConfig:
@@ -146,21 +154,29 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
 
     chosen, left = choose(config, load_config(directory), source=directory, where=model)
     config = config.model_copy(update={"variants": tuple(variant.name for variant in chosen)})
-    taken = [str(out_dir / name) for name in config.variants if (out_dir / name).exists()]
+    names = [name + end for name in config.variants for end in ("", measured.REJECTED)]
+    taken = [str(out_dir / name) for name in names if (out_dir / name).exists()]
     if taken:
         raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
     partial = {name: out_dir / f"{name}.partial" for name in config.variants}
     for path in partial.values():
         shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
     with Bars(), disk_errors_named(out_dir):
-        drawn = draw(config.calibration, load_tokenizer(directory), root=Path(), template=template)
+        tokenizer = load_tokenizer(directory)
+        drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
+        texts = measured.read_texts(config, tokenizer, directory, drawn)
         reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=drawn.sequences)
+        outcome = measured.measure(config, texts, model=directory, name=directory.name, variants=partial)
+        measured.write_report(out_dir, reports, drawn, outcome)
     for name, path in partial.items():
-        path.rename(out_dir / name)
+        path.rename(out_dir / (name if outcome.verdicts[name].published else name + measured.REJECTED))
     _say_calibration(drawn)
-    _say_reports(reports)
+    measured.say(reports, texts, outcome)
+    _say_escalated(reports)
     say_left_out(left)
     out.print(f"written to {out_dir}", soft_wrap=True)
+    if not all(verdict.published for verdict in outcome.verdicts.values()):
+        raise SystemExit(1)
 
 
 def _say_calibration(drawn: Drawn) -> None:
@@ -175,16 +191,7 @@ def _say_calibration(drawn: Drawn) -> None:
     out.print(table)
 
 
-def _say_reports(reports: Sequence[VariantReport]) -> None:
-    table = Table(Column("variant", no_wrap=True))
-    for column in ("size", "bits", "error", "seconds"):
-        table.add_column(column, justify="right")
-    for report in reports:
-        bits, error = f"{report.bits_per_weight:.2f}", f"{report.error_per_weight:.3e}"
-        cells = [size(report.size_bytes), bits, error, f"{report.seconds:.1f}"]
-        table.add_row(report.variant.name, *cells)
-    out.print(table)
-    out.print("bits: of a weight of the quantized layers, scales included; error: squared, of outputs, per weight")
+def _say_escalated(reports: Sequence[VariantReport]) -> None:
     for report in reports:
         if report.escalated:
             most = max(module.damp or 0.0 for module in report.escalated)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from llamero.core.errors import LlameroError
@@ -38,10 +38,19 @@ def of_file(
         stride: Tokens between windows.
         tokens: Tokens to use, from the start; all by default.
     """
+    return of_ids(
+        name, _encoded(_read(path), tokenizer, tokens), tokenizer, window=window, stride=stride, tokens=tokens
+    )
+
+
+def of_ids(
+    name: str, ids: Iterable[int], tokenizer: Tokenizer, *, window: int, stride: int, tokens: int | None = None
+) -> Text:
+    """Return a text that is tokenized already, all of it one document; arguments are those of `of_file`."""
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = (head + _encoded(_read(path), tokenizer, tokens))[:tokens]
+    taken = list(islice(chain(head, ids), tokens))
     protocol = f"window {window}, stride {stride}, {'BOS first' if head else 'no BOS'}"
-    return Text(name, ids, sliding(len(ids), window=window, stride=stride), protocol)
+    return Text(name, taken, sliding(len(taken), window=window, stride=stride), protocol)
 
 
 def of_documents(name: str, each: Iterable[Sequence[int]]) -> Text:

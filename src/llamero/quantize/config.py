@@ -104,6 +104,26 @@ def _known(name: str) -> None:
         raise ValueError(f"{error.problem}; {error.fix}") from error
 
 
+def source_of(said: str, root: Path) -> dict[str, str]:
+    """Return the source that somebody means: a path, or a published data set and its split (`wikitext-2-raw-v1:test`).
+
+    Args:
+        said: What was said.
+        root: Directory that relative paths start from.
+
+    Raises:
+        LlameroError: It is neither.
+    """
+    path, (name, _, split) = Path(said).expanduser(), said.partition(":")
+    if (root / path).exists():
+        return {"path": str(path)}
+    if known.lookup(name) is None:
+        near = did_you_mean(name, known.KNOWN)
+        fix = f"{near} or give the path of a file" if near.startswith("did you mean") else "give the path of a file"
+        raise LlameroError("no such text, and no published data set of that name", where=said, fix=fix)
+    return {"source": name, **({"split": split} if split else {})}
+
+
 class Calibration(Strict):
     """The text that shows which inputs each layer sees: one source or several.
 

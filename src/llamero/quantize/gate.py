@@ -21,8 +21,8 @@ class Measure(Strict):
     """The texts on which variants are measured beside the original."""
 
     texts: dict[str, str] = {}
-    """Text files by the name that reports use (name the split: `WikiText-2 test`), relative to the recipe. None of them
-    may have been calibrated on."""
+    """Texts by the name that reports use (name the split: `WikiText-2 test`): files relative to the recipe, or
+    published data sets with their split (`wikitext-2-raw-v1:test`). None of them may have been calibrated on."""
     validation: list[str] = []
     """Mixtures of the recipe whose validation documents are read. Where neither texts nor mixtures are named: two of
     the texts whose perplexity is evaluated and the mixtures that are trained on, the last one first."""

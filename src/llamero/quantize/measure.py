@@ -6,6 +6,7 @@ through once more. One layer is in memory at a time, then two heads.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from llamero.corpus.dataset import Dataset
 from llamero.infer import walk
 from llamero.infer.context import context_length
 from llamero.infer.score import KL_PROTOCOL, Tally
-from llamero.infer.texts import Text, first_documents, of_file
+from llamero.infer.texts import Text, first_documents, of_file, of_ids
 from llamero.model.layered import Layered
 from llamero.model.load import load_config
+from llamero.quantize.config import CalibrationSource, source_of
 from llamero.quantize.gate import Measure, Measured, Reading
+from llamero.quantize.sequences import token_ids
 from llamero.text.tokenizer import Tokenizer
 
 RUN = 32
@@ -44,7 +47,7 @@ def texts_to_measure_on(
     """
     window, stride = config.sight(context_length(load_config(model)))
     how = {"window": window, "stride": stride, "tokens": config.tokens}
-    found = [of_file(name, root / path, tokenizer, **how) for name, path in config.texts.items()]
+    found = [_text(name, said, root, tokenizer, how) for name, said in config.texts.items()]
     for name in config.validation:
         documents = Dataset(mixtures[name]).tokens("val")
         found.append(first_documents(f"{name}, validation", (d.tolist() for d in documents), **how))
@@ -56,6 +59,16 @@ def texts_to_measure_on(
             )
             raise LlameroError(problem, where=f"quantize.measure: {text.name}", fix=fix)
     return found
+
+
+def _text(name: str, said: str, root: Path, tokenizer: Tokenizer, how: Mapping[str, int]) -> Text:
+    """Return a text: plain, or rows whose samples follow each other."""
+    path = root / said
+    if path.suffix == ".txt" and path.exists():
+        return of_file(name, path, tokenizer, **how)
+    ids = token_ids(CalibrationSource.model_validate(source_of(said, root)), root, tokenizer)
+    text = of_ids(name, ids, tokenizer, **how)
+    return replace(text, protocol=f"{text.protocol}, sample after sample")
 
 
 def measure(

@@ -115,6 +115,19 @@ def draw(
     return Drawn(sequences, tuple(reports), config.sequence)
 
 
+def token_ids(part: CalibrationSource, root: Path, tokenizer: Tokenizer, template: str = "auto") -> Iterator[int]:
+    """Yield the tokens of a source that is no mixture, sample after sample, to measure on.
+
+    Args:
+        part: The source.
+        root: Directory that relative paths start from.
+        tokenizer: Of the model.
+        template: Of conversations.
+    """
+    for ids in _Taking.of_rows(part, root, tokenizer, template).samples:
+        yield from ids.tolist()
+
+
 def _shares(shares: list[float], whole: int) -> list[int]:
     """Return whole numbers in proportion to the shares that add up to the whole (by largest remainders).
 
