@@ -128,7 +128,7 @@ def quantize(root, out, *arguments):
     how = ["--text", str(root / "calibration.txt"), "--sequence", "32", "--tokens", "640", "--variant", FINE]
     with pytest.raises(SystemExit) as stopped:
         main(["quantize", str(root / "base"), str(out), *how, "--variant", POOR, *arguments])
-    report = json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else None
+    report = json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else {}
     return stopped.value.code, sorted(path.name for path in out.glob("*/")), report
 
 
