@@ -10,6 +10,10 @@ from llamero.core.errors import LlameroError
 
 _HUB = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<revision>[\w./-]+))?$")
 
+_HUB_FILE = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+\.gguf)(?::(?P<revision>[\w./-]+))?$")
+_PART = re.compile(r"-\d{5}-of-")
+"""What the names of the files of a split model differ in."""
+
 TOKENIZER_FILES = [
     "config.json",
     "tokenizer*",
@@ -26,13 +30,17 @@ def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
     """Return the directory of a model, or its GGUF file; a hub name is downloaded (resumable, with the user's login).
 
     Args:
-        model: Directory (one with nothing but a model in GGUF stands for that), GGUF file, or `owner/name[:revision]`.
+        model: Directory (one with nothing but a model in GGUF stands for that), GGUF file, or on the hub
+            `owner/name[:revision]` or one file `owner/name/FILE.gguf[:revision]` (of a split model any of its files).
         weights: Whether they are wanted; else the files of the tokenizer are enough.
     """
     path = Path(model).expanduser()
     in_gguf = gguf.find(path)
     if in_gguf is not None or path.is_dir():
         return in_gguf or path
+    file = None if path.is_absolute() else _HUB_FILE.match(str(model))
+    if file is not None and not str(model).startswith("."):
+        return _download(file["repo"], file["revision"], weights=True, file=file["file"])
     found = _HUB.match(str(model))
     if path.exists() or not found or str(model).startswith((".", "/", "~")):
         raise LlameroError(
@@ -64,7 +72,8 @@ def split_name(model: str) -> tuple[str, str | None]:
     return (found["repo"], found["revision"]) if found else (model, None)
 
 
-def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
+def _download(repo: str, revision: str | None, *, weights: bool, file: str | None = None) -> Path:
+    """Return where the files of a hub model are, or one file of it, with those that it was split into."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -76,6 +85,9 @@ def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
 
     name = f"{repo}:{revision}" if revision else repo
     try:
+        if file is not None:
+            parts = _PART.sub("-*-of-", file)
+            return _one(Path(snapshot_download(repo, revision=revision, allow_patterns=[parts])), file, name)
         wanted = PATTERNS if weights else TOKENIZER_FILES
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         if weights and not any(directory.glob("*.safetensors")):
@@ -108,3 +120,10 @@ def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
             fix="give a directory, or run once with a connection",
         ) from error
     return directory
+
+
+def _one(directory: Path, file: str, name: str) -> Path:
+    found = gguf.find(directory / file) if (directory / file).is_file() else None
+    if found is None:
+        raise LlameroError(f"there is no file `{file}`", where=name, fix="check the spelling")
+    return found

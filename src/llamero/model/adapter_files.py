@@ -107,7 +107,7 @@ def base_of(directory: Path) -> Path:
             fix="set `base_model_name_or_path`",
         )
     beside = directory / said
-    if said.startswith(".") and beside.is_dir():
+    if said.startswith(".") and beside.exists():
         base = beside
     else:
         base = resolve_model(f"{said}:{about.revision}" if about.revision else said)

@@ -80,3 +80,21 @@ def test_weights_in_pickles_are_only_fetched_where_there_are_no_safetensors(monk
     (tmp_path / "model.safetensors").write_text("")
     resolve_model("owner/name:main")
     assert asked == [("owner/name", "main", set())]
+
+
+def test_of_a_repository_of_gguf_files_one_is_fetched_with_all_its_parts(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "q4").mkdir()
+    for name in ("one.gguf", "q4/two-00001-of-00002.gguf", "q4/two-00002-of-00002.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert resolve_model("owner/name/one.gguf:v2") == tmp_path / "one.gguf"
+    assert resolve_model("owner/name/q4/two-00002-of-00002.gguf") == tmp_path / "q4/two-00001-of-00002.gguf"
+    assert asked == [("owner/name", "v2", ["one.gguf"]), ("owner/name", None, ["q4/two-*-of-00002.gguf"])]
+    with pytest.raises(LlameroError, match=r"there is no file `three\.gguf`"):
+        resolve_model("owner/name/three.gguf")

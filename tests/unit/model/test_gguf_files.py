@@ -14,6 +14,9 @@ from llamero.core import gguf
 from llamero.core.download import resolve_model
 from llamero.core.errors import LlameroError
 from llamero.model import kquant_linear, kquants
+from llamero.model.adapter_config import AdapterConfig
+from llamero.model.adapter_files import save_adapter
+from llamero.model.adapters import attach
 from llamero.model.config import LlamaConfig
 from llamero.model.kquant_linear import KQuantEmbedding, KQuantLinear
 from llamero.model.llama import Llama, initialize
@@ -129,6 +132,22 @@ def test_shares_of_a_layer_are_cut_at_whole_blocks(outputs):
         layer.keep(share, 2, outputs=outputs)
         shares.append(layer.dequantize(torch.float32))
     assert torch.equal(torch.cat(shares, dim=0 if outputs else 1), whole)
+
+
+@pytest.mark.parametrize("saved", [None, ("embed_tokens", "lm_head")])
+def test_an_adapter_stands_beside_blocks(gguf_of, tmp_path, saved):
+    model = model_of()
+    gguf_of(model, tmp_path / "base.gguf", kind="Q8_0")
+    (tmp_path / "adapter").mkdir()
+    config = AdapterConfig(lora=4, modules_to_save=saved)
+    for number, parameter in enumerate(attach(model, config, seed=0)):
+        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    save_adapter(model, config, tmp_path / "adapter", base="../base.gguf")
+    if saved is None:
+        assert_same_logits(load_model(tmp_path / "adapter"), model)
+        return
+    with pytest.raises(LlameroError, match=r"model\.embed_tokens\.weight` has no place in this model"):
+        load_model(tmp_path / "adapter")
 
 
 # -- rotary embeddings
