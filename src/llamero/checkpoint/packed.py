@@ -4,16 +4,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamero.checkpoint import awq, compressed_tensors, gptq, hf
+from llamero.checkpoint import awq, bitsandbytes, compressed_tensors, gptq, hf
 from llamero.core.errors import LlameroError
 
-Format = gptq.Format | awq.Format | compressed_tensors.Format
+OnGrids = gptq.Format | awq.Format | compressed_tensors.Format
+"""Those whose weights are `codes.GroupCodes`."""
+
+Format = OnGrids | bitsandbytes.Format
 """Union of the descriptions that the parsers below return."""
 
 PARSERS: dict[str, Callable[..., Format]] = {
     "gptq": gptq.parse_format,
     "awq": awq.parse_format,
     "compressed-tensors": compressed_tensors.parse_format,
+    "bitsandbytes": bitsandbytes.parse_format,
 }
 """Every way of packing that is read, by its `quant_method`. To add one: a file beside `gptq.py` that parses its
 config, a line here, its layer and a line in `LAYERS` of model/linear.py."""

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llamero.checkpoint import awq, compressed_tensors, gptq, packed
+from llamero.checkpoint import awq, bitsandbytes, compressed_tensors, gptq, packed
+from llamero.checkpoint.codes import GroupCodes
 from llamero.core.errors import LlameroError
 from llamero.kernels import low_bit, w4a16
-from llamero.model import nf4, rtn
+from llamero.model import int8, nf4, rtn
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
@@ -40,6 +41,8 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
         self.whole = outputs, inputs
         """Its shape before anything of it was given away."""
+        self.slow_because = ""
+        """Why there is no faster way; nothing where none was looked for."""
         self._views: dict[str, torch.dtype] = {}
         self._kept: tuple[int, int, bool] | None = None
 
@@ -126,7 +129,7 @@ class PackedLinear(nn.Module):
 
     def way(self) -> str:
         """Return how it computes, for a report."""
-        return "dequantized for every product"
+        return "dequantized for every product" + (f" ({self.slow_because})" if self.slow_because else "")
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -166,19 +169,17 @@ class GroupLinear(PackedLinear):
         bias: Whether there is one.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, layout: packed.Format, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, layout: packed.OnGrids, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.layout = layout
         specs = layout.specs(inputs, outputs)
         for name, spec in specs.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
         self.names = tuple(name for name in specs if name != "weight_shape")
-        self.slow_because = ""
-        """Why there is no faster way; nothing where none was looked for."""
 
-    def way(self) -> str:
-        """Return how it computes, for a report."""
-        return super().way() + (f" ({self.slow_because})" if self.slow_because else "")
+    def grids(self) -> GroupCodes:
+        """Return its weight on grids."""
+        return self.layout.decode(self.codes())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the codes of all of the layer."""
@@ -233,6 +234,44 @@ class Nf4Linear(PackedLinear):
         return parts
 
 
+class Int8Linear(PackedLinear):
+    """A linear layer that rests as int8, each output scaled by itself, as bitsandbytes stores LLM.int8.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        bias: Whether there is one.
+    """
+
+    names = ("values", "scale")
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.register_buffer("values", torch.empty(outputs, inputs, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(outputs))
+
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight, computed in float32 and rounded once."""
+        return int8.Codes(codes["values"], codes["scale"]).dequantize().to(dtype)
+
+    def cuts(self, of: int, *, outputs: bool) -> bool:
+        """Return whether the codes can be cut into so many equal shares of outputs, or of inputs."""
+        return (self.out_features if outputs else self.in_features) % of == 0
+
+    def _cut(self, codes: Mapping[str, Tensor], share: int, of: int, *, outputs: bool) -> dict[str, Tensor]:
+        values, scale = codes["values"], codes["scale"]
+        if outputs:
+            return {"values": values.chunk(of)[share], "scale": scale.chunk(of)[share]}
+        return {"values": values.chunk(of, 1)[share], "scale": scale}
+
+    def grids(self) -> GroupCodes:
+        """Return its weight on grids, a row each; equal but for the last bit."""
+        codes, group = self.codes(), torch.zeros(self.in_features, dtype=torch.int32, device=self.scale.device)
+        middle = torch.full((self.out_features, 1), 128, dtype=torch.uint8, device=self.scale.device)
+        values = (codes["values"].to(torch.int16) + 128).to(torch.uint8)
+        return GroupCodes(values, codes["scale"][:, None] * int8.STEP, middle, group, bits=8)
+
+
 class ReadyLinear(PackedLinear):
     """A packed linear layer whose codes rest as a fast product wants them, and no longer as in files.
 
@@ -267,12 +306,21 @@ class ReadyLinear(PackedLinear):
         return self.form.title
 
 
-LAYERS: dict[type[packed.Format], type[GroupLinear]] = {
+LAYERS: dict[type[packed.OnGrids], type[GroupLinear]] = {
     gptq.Format: GroupLinear,
     awq.Format: GroupLinear,
     compressed_tensors.Format: GroupLinear,
 }
 """The layer of every packed format. To add one: a class above, a line here, its parser in checkpoint/packed.py."""
+
+
+def room(layout: packed.Format, inputs: int, outputs: int, *, bias: bool) -> PackedLinear:
+    """Return a layer with nothing in it for the codes of a layout."""
+    if not isinstance(layout, bitsandbytes.Format):
+        return LAYERS[type(layout)](inputs, outputs, layout=layout, bias=bias)
+    if layout.kind == "int8":
+        return Int8Linear(inputs, outputs, bias=bias)
+    return Nf4Linear(inputs, outputs, double=layout.double, bias=bias)
 
 
 def shell(layer: nn.Linear, form: str) -> PackedLinear:
@@ -366,8 +414,8 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: Of the activations.
     """
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, GroupLinear):
-            coded = layer.layout.decode(layer.codes())
+        if isinstance(layer, GroupLinear | Int8Linear):
+            coded = layer.grids()
             form = (w4a16 if coded.codes.is_cuda else low_bit).prepare(coded, dtype)
             if isinstance(form, low_bit.Form):
                 model.set_submodule(name, ReadyLinear(layer, form).train(layer.training))

@@ -7,15 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llamero.checkpoint import hf, packed, peft
+from llamero.checkpoint import bitsandbytes, hf, packed, peft
 from llamero.core import gguf, progress
 from llamero.core.errors import LlameroError
 from llamero.model import gguf_files
 from llamero.model.adapter_files import base_of, load_adapter
 from llamero.model.adapters import LoraLinear
+from llamero.model.bitsandbytes_files import under_our_names
 from llamero.model.config import LlamaConfig, from_hf
 from llamero.model.kquant_linear import make_room
-from llamero.model.linear import LAYERS, PackedLinear, encode, make_ready
+from llamero.model.linear import LAYERS, PackedLinear, encode, make_ready, room
 from llamero.model.llama import Block, Llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -81,7 +82,9 @@ def open_model(directory: Path, *, dtype: torch.dtype | None = None) -> tuple[Ll
         return model, found.tensors, dtype
     model = empty_model(load_config(directory))
     layout, tensors = packed.read_format(directory), hf.open_tensors(directory)
-    if layout is not None:
+    if isinstance(layout, bitsandbytes.Format):
+        tensors = _as_ours(model, tensors, layout)
+    elif layout is not None:
         make_room_for_codes(model, tensors, layout)
     return model, tensors, dtype
 
@@ -103,9 +106,21 @@ def load_block(
     return block.eval()
 
 
-def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format) -> None:
+def _as_ours(model: Llama, tensors: hf.Tensors, layout: bitsandbytes.Format) -> hf.Tensors:
+    """Replace the layers that the files hold packed by bitsandbytes, and return the tensors under their names."""
+    plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in plain.items()}
+    ours = under_our_names(tensors, layout, shapes)
+    with torch.device("meta"):
+        for name, layer in plain.items():
+            if f"{name}.{layout.marker}" in tensors:
+                bias = f"{name}.bias" in tensors
+                model.set_submodule(name, room(layout, layer.in_features, layer.out_features, bias=bias))
+    return ours
+
+
+def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.OnGrids) -> None:
     """Replace the layers that the files hold packed."""
-    layer = LAYERS[type(layout)]
     plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = [name for name in plain if f"{name}.{layout.marker}" in tensors]
     if not found:
@@ -117,7 +132,7 @@ def make_room_for_codes(model: Llama, tensors: hf.Tensors, layout: packed.Format
             # some writers give every packed layer a bias (of zeros), whatever the config says
             bias = f"{name}.bias" in tensors
             inputs, outputs = plain[name].in_features, plain[name].out_features
-            model.set_submodule(name, layer(inputs, outputs, layout=layout, bias=bias))
+            model.set_submodule(name, room(layout, inputs, outputs, bias=bias))
 
 
 def check_codes(model: Llama, tensors: hf.Tensors, prefix: str = "") -> None:

@@ -7,6 +7,7 @@ the scales, less their mean, are 8-bit codes of the dynamic map (Dettmers 2015, 
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -84,6 +85,33 @@ def encode(weight: Float[Tensor, "out d"], *, double: bool) -> dict[str, Tensor]
     return {"packed": packed, "absmax": nested, "nested_absmax": nested_absmax, "offset": offset}
 
 
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A weight matrix in NF4, with quantized scales."""
+
+    parts: Mapping[str, Tensor]
+    """As `encode` returns them."""
+    shape: tuple[int, int]
+    """(out, d)."""
+
+    def rows(self, start: int, stop: int) -> "Codes":
+        """Refuse: scales are quantized over all of the weight."""
+        raise NotImplementedError(f"rows {start} to {stop} of NF4 codes")
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out d"]:
+        """Return the weights that are meant."""
+        return decode(self.parts, self.shape, dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its numbers, and the tables of values, by name."""
+        return {**self.parts, "book": CODE_BOOK, "nested_book": DYNAMIC_MAP}
+
+
+def codes(weight: Float[Tensor, "out d"]) -> Codes:
+    """Return a weight in NF4 with quantized scales."""
+    return Codes(encode(weight, double=True), (weight.shape[0], weight.shape[1]))
+
+
 class Place(NamedTuple):
     """Where the blocks of a part of a weight lie among those of the whole: runs of neighbours, evenly apart."""
 
@@ -149,7 +177,7 @@ def decode(
         absmax = _on(DYNAMIC_MAP, absmax.device)[absmax.int()] * scales + tensors["offset"]
     if packed.is_cuda and has_bitsandbytes():
         return decode_with_bitsandbytes(packed, absmax, shape, dtype)
-    weight = _on(_PAIRS, packed.device)[packed.int()].view(-1, BLOCK)
+    weight = _on(_PAIRS, packed.device).index_select(0, packed.int()).view(-1, BLOCK)
     return weight.mul_(absmax[:, None]).to(dtype).view(shape)
 
 

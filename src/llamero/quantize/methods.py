@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from llamero.model import rtn
-from llamero.quantize import awq, gptq, kquant
+from llamero.quantize import awq, bitsandbytes, gptq, kquant
 from llamero.quantize.problem import LayerProblems, Solution
 from llamero.quantize.refine import refine
 from llamero.quantize.variants import Variant
@@ -46,7 +46,13 @@ def _awq(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution
         yield awq.solve(layer, bits=variant.bits, group_size=variant.group_size, sym=variant.sym)
 
 
-METHODS: dict[str, Method] = {"gptq": _gptq, "awq": _awq, "rtn": _rtn, "gguf": kquant.solve}
+METHODS: dict[str, Method] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "rtn": _rtn,
+    "gguf": kquant.solve,
+    "bitsandbytes": bitsandbytes.solve,
+}
 """Every method there is. To add one: a file, a line here, a name in `variants`, a parity test."""
 
 DAMPED = frozenset({"gptq"})

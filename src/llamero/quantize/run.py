@@ -33,6 +33,7 @@ WRITERS: dict[Layout, Callable[..., Writer]] = {
     "awq": VariantWriter,
     "compressed-tensors": VariantWriter,
     "gguf": GgufVariantWriter,
+    "bitsandbytes": VariantWriter,
 }
 """What writes each layout; arguments are those of `VariantWriter`."""
 

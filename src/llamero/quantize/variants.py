@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from llamero.checkpoint.codes import Actorder
     from llamero.checkpoint.packed import Format
 
-Method = Literal["gptq", "rtn", "awq", "gguf"]
+Method = Literal["gptq", "rtn", "awq", "gguf", "bitsandbytes"]
 
-Layout = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
+Layout = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf", "bitsandbytes"]
 """How the files are laid out."""
 
 BITS: dict[Layout, tuple[int, ...]] = {
@@ -26,6 +26,7 @@ BITS: dict[Layout, tuple[int, ...]] = {
     "awq": (4,),
     "compressed-tensors": (2, 3, 4, 5, 6, 7, 8),
     "gguf": (2, 3, 4, 5, 6, 8, 16),
+    "bitsandbytes": (4, 8),
 }
 """Widths of a code that readers of each layout know."""
 
@@ -75,6 +76,8 @@ EXAMPLES = (
     "awq-4bit-128g",
     "rtn-4bit-128g",
     "gguf-Q4_K_M",
+    "int8",
+    "nf4",
 )
 
 
@@ -97,10 +100,12 @@ class Variant:
     @property
     def format(self) -> Format:
         """Return how its layers are stored; in a GGUF file each in a way of its own."""
-        from llamero.checkpoint import awq, compressed_tensors, gptq
+        from llamero.checkpoint import awq, bitsandbytes, compressed_tensors, gptq
 
         if self.layout == "gguf":
             raise ValueError(f"{self.name}: the layers of a GGUF file are of different types")
+        if self.layout == "bitsandbytes":
+            return bitsandbytes.Format("int8" if self.bits == 8 else "nf4")
         if self.layout == "awq":
             return awq.Format(self.group_size)
         if self.layout == "compressed-tensors":
@@ -112,16 +117,26 @@ class Variant:
         return 1 if self.group_size == -1 else inputs // self.group_size
 
 
+BITSANDBYTES = {
+    "int8": Variant("int8", "bitsandbytes", 8, -1, layout="bitsandbytes"),
+    "nf4": Variant("nf4", "bitsandbytes", 4, 64, layout="bitsandbytes"),
+}
+"""The kinds of bitsandbytes, which have no further numbers."""
+
+
 def parse(name: str, *, sym: bool = True) -> Variant:
     """Return the variant of a name.
 
     Args:
         name: `<method>-<bits>bit-<group>g`, for `gptq` followed by `-actorder_<True|static|False>`, then `-asym` for
-            asymmetric grids, then `-v2` or `-ct` for another layout than the method's own; or `gguf-<mix>`.
+            asymmetric grids, then `-v2` or `-ct` for another layout than the method's own; or `gguf-<mix>`, `int8`,
+            `nf4`.
         sym: Whether grids are symmetric where the name does not say it; those of AWQ never are.
     """
     if name.startswith("gguf-"):
         return _gguf(name)
+    if name in BITSANDBYTES:
+        return BITSANDBYTES[name]
     found = _NAME.fullmatch(name)
     if found is None or (found["method"] == "gptq") != (found["order"] is not None):
         like = [example for example in EXAMPLES if example.startswith(name)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamero.checkpoint import packed, peft
+from llamero.checkpoint import bitsandbytes, packed, peft
 from llamero.checkpoint.hf import Spec, open_tensors, read_json, write_tensors
 from llamero.core import files
 from llamero.core.errors import LlameroError
@@ -329,6 +329,12 @@ def _stored(start: Path, size: int, *, known: int, new_rows: NewRows, stage: Sta
     layout = packed.read_format(start)
     if layout is not None and stage.adapter is None:
         raise LlameroError("a packed model cannot be trained itself", where=where, fix="give the stage an `adapter`")
+    if isinstance(layout, bitsandbytes.Format):
+        raise LlameroError(
+            "a stage does not start from bitsandbytes files",
+            where=where,
+            fix="start from the model that they were made of, with `base: nf4-double` in its `adapter`",
+        )
     tensors, config = open_tensors(start), load_config(start)
 
     def empty(rows: int) -> Llama:
