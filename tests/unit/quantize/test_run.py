@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.linear import GroupLinear, PackedLinear
+from llamero.model.linear import PackedLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
@@ -336,6 +336,8 @@ OTHERS = (
     "gptq-3bit--1g-actorder_False-asym-ct",
     "awq-4bit-32g",
     "awq-3bit-32g-ct",
+    "int8",
+    "nf4",
 )
 
 
@@ -360,5 +362,5 @@ def test_every_layout_is_read_as_it_was_solved(model, tokens, tmp_path, monkeypa
         with torch.no_grad():
             for key, parameter in plain.named_parameters():
                 parameter.copy_(solved[name][key] if key in solved[name] else stored[key].float())
-            assert sum(isinstance(module, GroupLinear) for module in packed.modules()) == 14
+            assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
             assert torch.equal(packed(ids), plain(ids)), name
