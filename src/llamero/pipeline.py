@@ -289,6 +289,7 @@ class Plan:
                 model=self.path("final"),
                 out=lambda variant: builds[variant.name].path,
                 tokens=drawn.sequences,
+                keep_in=self.out,
             )
             for report in reports:
                 builds[report.variant.name].summary = report.to_json() | {"calibration": drawn.to_json()}

@@ -93,10 +93,10 @@ class Walk:
         check_tokens(tokens, config)
         self.head: Channels | None = None
         """What flowed into the head, on the first stream."""
-        self._config, self._tokens, self._device = config, tokens, torch.device(device)
+        self._config, self._tokens, self.device = config, tokens, torch.device(device)
         self._model = Layered(directory, dtype=dtype, device=device)  # anything missing is said before the work begins
         self._tensors = hf.open_tensors(directory)
-        self._groups = _groups(config, tokens, self._device)
+        self._groups = _groups(config, tokens, self.device)
         lengths = [sum(group.layout.lengths) for group in self._groups]
         self._streams = {
             name: Waiting(lengths, config.hidden_size, dtype, directory=None if spill is None else spill)
@@ -109,7 +109,7 @@ class Walk:
         for number in progress.track(range(self._config.num_layers), "calibrate and solve", unit="layers"):
             for name, waiting in self._streams.items():
                 statistics = self._observe(number, waiting, flows_on=name == UNQUANTIZED)
-                block = load_block(self._config, self._tensors, number, dtype=torch.float32, device=self._device)
+                block = load_block(self._config, self._tensors, number, dtype=torch.float32, device=self.device)
                 layer = Layer(number, block, statistics, name)
                 del statistics, block
                 yield layer
@@ -125,7 +125,7 @@ class Walk:
                 for number, group in enumerate(self._groups):
                     stop = group.start + len(group.layout.lengths)
                     ids = torch.cat([ids.long() for ids in self._tokens[group.start : stop]])
-                    waiting[number] = lookup.model.embed_tokens(ids.to(self._device)).to("cpu", self._model.dtype)
+                    waiting[number] = lookup.model.embed_tokens(ids.to(self.device)).to("cpu", self._model.dtype)
 
     def _observe(self, number: int, waiting: Waiting, *, flows_on: bool) -> dict[str, Statistics]:
         """Send everything through a layer and return what flowed into its linear layers.
@@ -155,7 +155,7 @@ class Walk:
         @torch.no_grad()
         def one(number: int) -> None:
             group = _current.group = self._groups[number]
-            x = block(waiting[number].to(self._device), group.rotation, group.layout)
+            x = block(waiting[number].to(self.device), group.rotation, group.layout)
             if flows_on:
                 waiting[number] = x
 
@@ -164,20 +164,20 @@ class Walk:
     def _end(self, waiting: Waiting) -> Channels:
         """Return what flows into the head."""
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
-        norm.weight.data = self._tensors["model.norm.weight"].to(self._device, self._model.dtype)
+        norm.weight.data = self._tensors["model.norm.weight"].to(self.device, self._model.dtype)
         recorder = _Recorder("lm_head", len(self._groups), products=False)
 
         @torch.no_grad()
         def one(number: int) -> None:
             _current.group = self._groups[number]
-            recorder.record(norm(waiting[number].to(self._device)))
+            recorder.record(norm(waiting[number].to(self.device)))
 
         self._for_all(one)
         return recorder.sums.channels(recorder.where)
 
     def _for_all(self, one: Callable[[int], None]) -> None:
         """Call a function for every group, for the first before the others."""
-        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         with _alone():
             one(0)
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

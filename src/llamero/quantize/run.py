@@ -1,8 +1,8 @@
 """Quantized variants of a model, all of them from one walk through it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from llamero.checkpoint.imatrix import Imatrix, write_imatrix
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
-from llamero.quantize import calibrate, importance, streams
+from llamero.quantize import calibrate, importance, kept, streams
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.gguf import GgufVariantWriter
@@ -128,6 +128,7 @@ def run(
     tokens: Sequence[Int[Tensor, " time"]],
     device: str | torch.device = "cpu",
     shard_bytes: int | None = None,
+    keep_in: Path | None = None,
 ) -> list[VariantReport]:
     """Write every variant of a model and return what became of each.
 
@@ -140,6 +141,7 @@ def run(
         tokens: Calibration text as sequences of token ids.
         device: Where to compute.
         shard_bytes: Largest file of weights; each layout has a custom of its own.
+        keep_in: Directory where `calibration.keep` keeps statistics, and finds those of earlier runs.
     """
     if packed.read_format(model) is not None:
         raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
@@ -165,7 +167,11 @@ def run(
         walk = calibrate.Walk(
             model, shape, tokens, dtype=compute, device=device, streams=tuple(planned), spill=out(variants[0])
         )
-        for layer in walk:
+        layers: Iterable[Layer] = walk
+        if config.calibration.keep and keep_in is not None:
+            who = kept.identity(model, tokens, dtype=compute, root=keep_in)
+            layers = stack.enter_context(closing(kept.layers(walk, model, shape, who, root=keep_in)))
+        for layer in layers:
             _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix)
             del layer  # before the next one is read, not after
         ends = {name: stored[name] for name in outside if name != EMBEDDING}

@@ -111,9 +111,11 @@ class Sums:
         self.width, self.units, self.products = len(units.scale), units, products
         self.tokens = 0
         self._device = device = units.scale.device
-        self._tile = TILE.get(device.type, TILE["cuda"])
+        self._tile = min(self.width, TILE.get(device.type, TILE["cuda"]))
+        rows = -(-self.width // self._tile) if products else 0
+        shape = (rows * (rows + 1) // 2, self._tile, self._tile)
+        self._tiles = torch.zeros(shape, dtype=torch.float64, device=device)  # row after row, each up to the diagonal
         self._lock = Lock()
-        self._tiles: dict[tuple[int, int], Tensor] = {}
         self._energy, self._magnitude = (torch.zeros(self.width, dtype=torch.float64, device=device) for _ in range(2))
         self._largest = torch.zeros(self.width, device=device)
 
@@ -126,10 +128,13 @@ class Sums:
         total, largest = magnitude.sum(0, dtype=torch.float32), magnitude.amax(0).float()
         del magnitude
         energy = torch.empty(self.width, device=x.device)
-        for (i, j), product in self._products(x) if self.products else ():
-            if i == j:
-                energy[i : i + len(product)] = product.diagonal()
-            self._accumulate((i, j), self._rounded(product))
+        for number, (rows, columns) in enumerate(self._places()):
+            product = self._product(x[:, rows], x[:, columns])
+            if rows == columns:
+                energy[rows] = product.diagonal()
+            rounded = self._rounded(product)
+            with self._lock:
+                self._tiles[number, : len(product), : product.shape[1]] += rounded
         if not self.products:
             energy = x.float().square_().sum(0)
         with self._lock:
@@ -139,12 +144,11 @@ class Sums:
             self.tokens += len(x)
 
     def merge(self, other: "Sums") -> None:
-        """Take in what another one has summed, in any order; its units must be the same, and it is empty afterwards."""
+        """Take in what another one has summed, in any order; its units must be the same."""
         if other.units.unit != self.units.unit or not torch.equal(other.units.scale, self.units.scale):
             raise ValueError("sums of different units")
-        for place in list(other._tiles):
-            self._accumulate(place, other._tiles.pop(place).to(self._device))
         with self._lock:
+            self._tiles += other._tiles.to(self._device)
             self._energy += other._energy.to(self._device)
             self._magnitude += other._magnitude.to(self._device)
             torch.maximum(self._largest, other._largest.to(self._device), out=self._largest)
@@ -166,33 +170,30 @@ class Sums:
         """
         channels, back = self.channels(where), 1 / self.units.scale.double()
         moment = torch.zeros(self.width, self.width, device=self._device)
-        for i, j in list(self._tiles):
-            tile = self._tiles.pop((i, j))
-            tile = (tile * back[i : i + len(tile), None] * back[j : j + tile.shape[1]]).float()
-            if i == j:
+        for number, (rows, columns) in enumerate(self._places()):
+            height, width = len(back[rows]), len(back[columns])
+            tile = (self._tiles[number, :height, :width] * back[rows, None] * back[columns]).float()
+            if rows == columns:
                 tile = tile.tril() + tile.tril(-1).T  # a product's two halves may differ in their last bits
-            moment[i : i + tile.shape[0], j : j + tile.shape[1]] = tile
-            if i != j:
-                moment[j : j + tile.shape[1], i : i + tile.shape[0]] = tile.T
+            moment[rows, columns] = tile
+            if rows != columns:
+                moment[columns, rows] = tile.T
+        self._tiles = self._tiles[:0].clone()
         return Statistics(moment, channels.mean_abs, channels.tokens, channels.absmax)
 
-    def _products(self, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        starts = range(0, self.width, self._tile)
-        for i in starts:
-            rows = x[:, i : i + self._tile].T
-            for j in starts[: i // self._tile + 1]:
-                columns = x[:, j : j + self._tile]
-                if x.dtype == torch.bfloat16 and x.is_cuda:
-                    yield (i, j), torch.mm(rows, columns, out_dtype=torch.float32)
-                else:
-                    yield (i, j), rows @ columns
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Yield rows and columns of every tile."""
+        starts = range(0, self.width if self.products else 0, self._tile)
+        parts = [slice(start, start + self._tile) for start in starts]
+        for number, rows in enumerate(parts):
+            for columns in parts[: number + 1]:
+                yield rows, columns
 
-    def _accumulate(self, place: tuple[int, int], addend: Tensor) -> None:
-        with self._lock:
-            if place in self._tiles:
-                self._tiles[place] += addend
-            else:
-                self._tiles[place] = addend
+    @staticmethod
+    def _product(rows: Tensor, columns: Tensor) -> Float[Tensor, "rows columns"]:
+        if rows.dtype == torch.bfloat16:
+            return torch.mm(rows.T, columns, out_dtype=torch.float32)
+        return rows.T @ columns
 
     def _rounded(self, x: Tensor) -> Float[Tensor, "..."]:
         """Return `x` in float64 as a multiple of the unit: adding 1.5·2^52 units leaves no bits below one unit."""
