@@ -53,6 +53,9 @@ def quantize(
     measure_text: Annotated[tuple[str, ...], Several] = (),
     max_kl: float | None = None,
     publish_anyway: Annotated[tuple[str, ...], Several] = (),
+    compute: Literal["auto", "float32", "bfloat16"] = "auto",
+    propagation: Literal["shared", "reference", "per-bits", "exact"] = "shared",
+    keep: Annotated[bool, Parameter(negative=())] = False,
     plan: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -93,6 +96,13 @@ def quantize(
         default. The directory of one that is ends in `.rejected`, and so does the command with 1.
     publish_anyway
         Variant that is not held back whatever was measured; may be given several times.
+    compute
+        Dtype in which the text goes through the model; bfloat16 where the processor multiplies it faster.
+    propagation
+        Which activations layers are looked at with: those of the unquantized model, of one variant, of one for each
+        width, or each variant's own.
+    keep
+        Keep in OUT what was found on the text; with --keep other variants then need no new pass.
     plan
         Only say how large each variant would be and which programs load it; needs no weights and no text.
     json
@@ -117,6 +127,9 @@ def quantize(
         "sources": [source_of(said, Path()) for said in text],
         "sequence": sequence,
         "tokens": tokens,
+        "compute": compute,
+        "propagation": propagation,
+        "keep": keep,
     }
     keys |= measured.keys(measure=measure, texts=measure_text, max_kl=max_kl, anyway=publish_anyway)
     _make(model, out_dir, keys, template=template)
@@ -165,12 +178,20 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
         tokenizer = load_tokenizer(directory)
         drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
         texts = measured.read_texts(config, tokenizer, directory, drawn)
-        reports = make(config, model=directory, out=lambda variant: partial[variant.name], tokens=drawn.sequences)
+        reports = make(
+            config,
+            model=directory,
+            out=lambda variant: partial[variant.name],
+            tokens=drawn.sequences,
+            keep_in=out_dir,
+        )
         outcome = measured.measure(config, texts, model=directory, name=directory.name, variants=partial)
         measured.write_report(out_dir, reports, drawn, outcome)
     for name, path in partial.items():
         path.rename(out_dir / (name if outcome.verdicts[name].published else name + measured.REJECTED))
     _say_calibration(drawn)
+    passed = "statistics of an earlier run were used" if reports[0].reused else "one pass through the model"
+    out.print(f"{passed}, in {reports[0].compute}")
     measured.say(reports, texts, outcome)
     _say_escalated(reports)
     say_left_out(left)

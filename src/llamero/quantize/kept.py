@@ -22,12 +22,15 @@ from llamero.model.config import LlamaConfig
 from llamero.model.load import load_block
 from llamero.quantize import calibrate
 from llamero.quantize.calibrate import Layer, Walk
-from llamero.quantize.statistics import INPUTS, Statistics
+from llamero.quantize.statistics import INPUTS, Channels, Statistics
 
 log = logging.getLogger(__name__)
 
 ROWS = 1024
 """Rows of a second moment that are kept together."""
+
+HEAD = "head"
+_OF_CHANNELS = ("energy", "mean_abs", "absmax")
 
 VERSION = 1
 """Raised when the same model and tokens give other statistics."""
@@ -63,7 +66,7 @@ def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root:
     """Yield the layers of a walk, from what is kept of it or else keeping it.
 
     Args:
-        walk: Through the unquantized model; begun only where nothing is kept.
+        walk: Through the unquantized model; begun only where nothing is kept. It is told what flows into the head.
         model: Its directory.
         config: Its shape.
         who: What decides the statistics.
@@ -75,7 +78,7 @@ def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root:
     found = artifact.find(root, who)
     if found is not None:
         log.info("statistics of an earlier run are used: %s", found.path)
-        yield from _read(found, model, config, walk.device)
+        yield from _read(found, model, config, walk)
         return
     shutil.rmtree(artifact.partial(root, who), ignore_errors=True)  # of a run that was cut off
     log.info("statistics are kept: about %.1f GB in %s", bytes_of(config) / 1e9, who.path(root))
@@ -86,6 +89,8 @@ def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root:
             digests[path.name] = files.sha256(path)
             yield layer
             del layer  # before the next one is read, not after
+        path = _write_head(build.path, walk)
+        digests[path.name] = files.sha256(path)
         build.summary = {"layers": config.num_layers, "sha256": digests}
 
 
@@ -93,6 +98,15 @@ def _write(directory: Path, layer: Layer) -> Path:
     parts = dict(part for name, each in layer.statistics.items() for part in _parts(f"{layer.number}.{name}", each))
     specs = {name: hf.Spec(tuple(part.shape), part.dtype) for name, part in parts.items()}
     (path,) = hf.write_tensors(directory, specs, parts.items(), stem=_stem(layer.number), shard_bytes=1 << 62)
+    return path
+
+
+def _write_head(directory: Path, walk: Walk) -> Path:
+    assert walk.head is not None  # the walk has come to its end
+    parts = {f"{HEAD}.{name}": getattr(walk.head, name) for name in _OF_CHANNELS}
+    parts[f"{HEAD}.tokens"] = torch.tensor([walk.head.tokens])
+    specs = {name: hf.Spec(tuple(part.shape), part.dtype) for name, part in parts.items()}
+    (path,) = hf.write_tensors(directory, specs, parts.items(), stem=HEAD)
     return path
 
 
@@ -113,22 +127,29 @@ def _rows(width: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + ROWS, width)
 
 
-def _read(found: Artifact, model: Path, config: LlamaConfig, device: torch.device) -> Iterator[Layer]:
-    weights, tensors = hf.open_tensors(model), hf.open_tensors(found.path)
+def _read(found: Artifact, model: Path, config: LlamaConfig, walk: Walk) -> Iterator[Layer]:
+    weights, tensors, device = hf.open_tensors(model), hf.open_tensors(found.path), walk.device
+    _check(found, HEAD)
     for number in progress.track(range(config.num_layers), "solve", unit="layers"):
-        path = found.path / f"{_stem(number)}.safetensors"
-        if not path.exists() or files.sha256(path) != found.summary["sha256"].get(path.name):
-            raise LlameroError(
-                "these statistics of an earlier run are damaged",
-                where=path,
-                fix=f"remove {found.path}; the next run makes it again",
-            )
+        _check(found, _stem(number))
         statistics = {name: _statistics(tensors, f"{number}.{name}", device) for name in INPUTS}
         block = load_block(config, weights, number, dtype=torch.float32, device=device)
         layer = Layer(number, block, statistics)
         del statistics, block
         yield layer
         del layer  # before the next one is read, not after
+    energy, mean_abs, absmax = (tensors[f"{HEAD}.{name}"].to(device) for name in _OF_CHANNELS)
+    walk.head = Channels(energy, mean_abs, absmax, int(tensors[f"{HEAD}.tokens"]))
+
+
+def _check(found: Artifact, stem: str) -> None:
+    path = found.path / f"{stem}.safetensors"
+    if not path.exists() or files.sha256(path) != found.summary["sha256"].get(path.name):
+        raise LlameroError(
+            "these statistics of an earlier run are damaged",
+            where=path,
+            fix=f"remove {found.path}; the next run makes it again",
+        )
 
 
 def _statistics(tensors: hf.Tensors, name: str, device: torch.device) -> Statistics:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from llamero.checkpoint import hf, loaders, packed
 from llamero.checkpoint.gguf_names import to_gguf
 from llamero.checkpoint.imatrix import Imatrix, write_imatrix
+from llamero.core import artifact
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
@@ -75,6 +76,8 @@ class VariantReport:
     """What was done otherwise than the variant's name says, such as layers in another type."""
     seconds: float = field(compare=False)
     """Solving, packing and writing, without the walk that variants share; differs from run to run."""
+    reused: bool = field(default=False, compare=False)
+    """Whether the statistics were those of an earlier run."""
 
     @property
     def error_per_weight(self) -> float:
@@ -168,8 +171,10 @@ def run(
             model, shape, tokens, dtype=compute, device=device, streams=tuple(planned), spill=out(variants[0])
         )
         layers: Iterable[Layer] = walk
+        reused = False
         if config.calibration.keep and keep_in is not None:
             who = kept.identity(model, tokens, dtype=compute, root=keep_in)
+            reused = artifact.find(keep_in, who) is not None
             layers = stack.enter_context(closing(kept.layers(walk, model, shape, who, root=keep_in)))
         for layer in layers:
             _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix)
@@ -177,7 +182,8 @@ def run(
         ends = {name: stored[name] for name in outside if name != EMBEDDING}
         heeded = importance.of_head(imatrix, walk.head)
         _copy(works, ends, tensors, {} if heeded is None else {HEAD: heeded})
-        return [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
+        reports = [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
+        return [replace(report, reused=reused) for report in reports]
 
 
 def _check_places(model: Path, places: list[Path]) -> None:

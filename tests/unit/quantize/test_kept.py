@@ -47,7 +47,9 @@ def tokens():
 def quantize(model, tokens, out, root, *, names=VARIANTS, **calibration):
     calibration = Calibration(mixture="chat", keep=True, **calibration)
     config = QuantizeConfig(variants=names, calibration=calibration, measure=None)
-    run(config, model=model, out=lambda v: out / v.name, tokens=tokens, keep_in=root)
+    there = root.exists() and any(path.name.startswith("calibration") for path in root.iterdir())
+    reports = run(config, model=model, out=lambda v: out / v.name, tokens=tokens, keep_in=root)
+    assert there or not any(report.reused for report in reports)
     return {name: (out / name / "model.safetensors").read_bytes() for name in names}
 
 
@@ -77,6 +79,17 @@ def test_later_variants_need_no_pass_and_get_the_same_bytes(model, tokens, tmp_p
     assert passes == [0, 1, 0, 1]
     assert {**first, **later} == whole
     assert sum(path.stat().st_size for path in only(root).glob("*.safetensors")) < 1.4 * kept.bytes_of(SHAPE)
+
+
+def test_what_flows_into_the_head_is_kept_too(model, tokens, tmp_path):
+    who = kept.identity(model, tokens, dtype=torch.float32, root=tmp_path)
+    walks = [calibrate.Walk(model, SHAPE, tokens) for _ in range(2)]
+    for walk in walks:
+        assert len(list(kept.layers(walk, model, SHAPE, who, root=tmp_path))) == 2
+    first, again = (walk.head for walk in walks)
+    assert first.tokens == again.tokens == sum(map(len, tokens))
+    for name in ("energy", "mean_abs", "absmax"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
 
 
 def test_another_model_text_or_arithmetic_is_another_pass(model, tokens, tmp_path, passes):
