@@ -7,13 +7,18 @@ inference: layers/gptq and layers/compressed_tensors; GPTQModel; ExLlamaV2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 
 class Quantized(Protocol):
     """What decides who loads a quantized file."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
 
     @property
     def layout(self) -> str:
@@ -179,6 +184,26 @@ LOADERS = (
 def verdicts(file: Quantized) -> dict[str, Verdict]:
     """Return what each program says to a file."""
     return {loader.name: loader.verdict(file) for loader in LOADERS}
+
+
+def looked_at() -> str:
+    """Return the names and versions of all programs but this one."""
+    return ", ".join(f"{each.name} {each.version}".strip() for each in LOADERS if each.name != OWN)
+
+
+def remarks(files: Sequence[Quantized]) -> list[tuple[str, list[str]]]:
+    """Return what programs need for files or refuse in them, and the names of these files.
+
+    That a program does not read a layout at all is not among it.
+    """
+    found: dict[str, list[str]] = {}
+    for loader in LOADERS:
+        for file in files:
+            verdict = loader.verdict(file)
+            if verdict.why and file.layout in loader.rules:
+                said = f"{loader.name} {'' if verdict.loads else 'refuses '}{verdict.why}"
+                found.setdefault(said, []).append(file.name)
+    return list(found.items())
 
 
 def accepting(file: Quantized) -> list[str]:

@@ -258,17 +258,10 @@ def _loads_in(variant: Variant) -> str:
 
 def _say_why(variants: Sequence[Variant]) -> None:
     """Say why programs refuse variants, and what they need for others."""
-    names = ", ".join(f"{each.name} {each.version}".strip() for each in loaders.LOADERS if each.name != loaders.OWN)
-    out.print(f"looked at: {names}; llamero loads all", highlight=False, soft_wrap=True)
-    for loader in loaders.LOADERS:
-        reasons: dict[str, list[str]] = {}
-        for variant in variants:
-            verdict = loader.verdict(variant)
-            if verdict.why and variant.layout in loader.rules:
-                reasons.setdefault(verdict.why if verdict.loads else f"refuses {verdict.why}", []).append(variant.name)
-        for why, names in reasons.items():
-            who = "all of them" if len(names) == len(variants) else ", ".join(names)
-            out.print(f"{loader.name} {why}: {who}", highlight=False, soft_wrap=True, markup=False)
+    out.print(f"looked at: {loaders.looked_at()}; llamero loads all", highlight=False, soft_wrap=True)
+    for said, names in loaders.remarks(variants):
+        who = "all of them" if len(names) == len(variants) else ", ".join(names)
+        out.print(f"{said}: {who}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _to_json(found: Size) -> dict[str, Any]:

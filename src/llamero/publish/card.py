@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llamero.checkpoint import hf
-from llamero.checkpoint.loaders import VLLM, accepting
+from llamero.checkpoint.loaders import VLLM, accepting, looked_at, remarks
 from llamero.core.errors import LlameroError
 from llamero.publish import markdown
 from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
@@ -227,6 +227,9 @@ class Cards:
             symmetric=[variant.name for variant in variants if variant.sym],
             asymmetric=[variant.name for variant in variants if not variant.sym],
             first=variants[0],
+            looked_at=looked_at(),
+            remarks=remarks(variants),
+            variants_count=len(variants),
             for_vllm=next((variant for variant in variants if VLLM in accepting(variant)), None),
         )
 

@@ -3,11 +3,14 @@ from itertools import product
 
 import pytest
 
-from llamero.checkpoint.loaders import LOADERS, accepting, verdicts
+from llamero.checkpoint.loaders import LOADERS, accepting, looked_at, remarks, verdicts
 
 
 @dataclass(frozen=True)
 class File:
+    """A quantized file."""
+
+    name = "file"
     bits: int = 4
     group_size: int = 128
     actorder: str = "none"
@@ -54,6 +57,16 @@ def test_whoever_refuses_says_what():
         for verdict in verdicts(File(bits, group, order, sym, layout)).values():
             assert verdict.loads or verdict.why
     assert accepting(File(layout="exl2")) == []
+
+
+def test_remarks_group_files_and_pass_over_what_is_not_read_at_all():
+    files = [File(actorder="desc"), File(bits=3), File(layout="gguf")]
+    found = dict(remarks(files))
+    assert found["vLLM refuses desc_act with groups"] == ["file"]
+    assert found["Transformers with gptqmodel and optimum"] == ["file", "file"]
+    assert not any(said.startswith(("llama.cpp", "ExLlamaV2 refuses gguf")) for said in found)
+    assert "vLLM 0.32" in looked_at()
+    assert "llamero" not in looked_at()
 
 
 def test_a_verdict_names_what_else_is_needed():
