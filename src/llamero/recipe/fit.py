@@ -76,9 +76,15 @@ def without_misfits(recipe: Recipe, directory: Path | None) -> tuple[Recipe, dic
     config = recipe.quantize
     if base is None or config is None or "variants" in config.model_fields_set:
         return recipe, {}
-    kept, left = fitting(config.parsed(), base.widths)
-    if not kept:
-        refuse_misfits(config.parsed(), base.widths, where="quantize.variants")
+    if directory is None:
+        kept, left = fitting(config.parsed(), base.widths)
+        if not kept:
+            refuse_misfits(config.parsed(), base.widths, where="quantize.variants")
+    else:
+        from llamero.model.load import load_config
+        from llamero.quantize.choose import choose  # and with it all that quantizes
+
+        kept, left = choose(config, load_config(directory), source=directory, where="quantize.variants")
     named = {model for task in recipe.evaluate for model in task.models} & left.keys()
     if named:
         name = min(named)

@@ -94,6 +94,17 @@ def test_default_variants_that_the_base_cannot_become_are_left_out(scratch):
         without_misfits(scratch("quantize={calibration: {mixture: world, sequence: 16, tokens: 64}}", measured), None)
 
 
+def test_a_tokenizer_that_gguf_files_cannot_hold_leaves_them_out(scratch, tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64, "hidden_size": 32}
+    config |= {"intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = scratch("base=here", "quantize={calibration: {mixture: world, sequence: 16, tokens: 64}}")
+    fewer, left = without_misfits(recipe, tmp_path)
+    assert fewer.quantize is not None
+    assert not any(name.startswith("gguf") for name in fewer.quantize.variants)
+    assert left["gguf-Q4_K_M"].startswith("its tokenizer: ")
+
+
 def test_a_base_on_disk_is_asked_for_its_context(scratch, tmp_path):
     config = {"max_position_embeddings": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     config |= {"num_hidden_layers": 1, "vocab_size": 300}
