@@ -46,7 +46,8 @@ def quantize(
     tokens: int = 65_536,
     imatrix: Path | None = None,
     damp: float = 0.01,
-    refine: int = 0,
+    sensitivity: int = 8192,
+    refine: int | None = None,
     sym: bool = True,
     dtype: Literal["float16", "bfloat16"] = "float16",
     measure: bool = True,
@@ -80,8 +81,10 @@ def quantize(
         File of llama.cpp's importances, for GGUF variants instead of what the calibration text says.
     damp
         Dampening, as a fraction of the mean of the Hessian's diagonal.
+    sensitivity
+        Calibration tokens on which it is measured how the loss feels the outputs of each layer; 0 is plain GPTQ.
     refine
-        Sweeps that fit GPTQ's codes and scales to each other once more; 1 or 2 help at 2 and 3 bits.
+        Sweeps that fit GPTQ's codes and scales to each other once more, only with --sensitivity 0.
     sym
         Symmetric grids.
     dtype
@@ -108,7 +111,7 @@ def quantize(
     json
         With --plan: print it as JSON.
     """
-    keys: dict[str, Any] = {"damp": damp, "refine": refine, "sym": sym, "dtype": dtype}
+    keys: dict[str, Any] = {"damp": damp, "sensitivity": sensitivity, "refine": refine, "sym": sym, "dtype": dtype}
     if imatrix is not None:
         keys["imatrix"] = str(imatrix)
     if variant:

@@ -1,5 +1,6 @@
 """The evenly spaced values that a group of weights may take: `scale * (code - zero)`, codes 0 … 2^bits - 1."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ class Grid:
     """A grid for each row; scales are float16 values from the start, so what is solved is what is stored."""
 
     scale: Float[Tensor, "*rows"]
+    """Negative where the code below all others is better spent on the positive side."""
     zero: Float[Tensor, "*rows"]
     bits: int
 
@@ -43,6 +45,57 @@ def fit(w: Float[Tensor, "..."], *, dim: int, bits: int, sym: bool) -> Grid:
     low = torch.minimum(w.amin(dim), -high / (last - 1))
     scale = _as_stored((high - low) / last)
     return Grid(scale, (-low / scale).round().clamp(1, last), bits)
+
+
+def search(
+    w: Float[Tensor, "..."],
+    importance: Float[Tensor, "..."],
+    *,
+    dim: int,
+    bits: int,
+    sym: bool,
+    shrinks: Sequence[float],
+) -> Grid:
+    """Return the grids, among those of `fit` and smaller ones, whose nearest values are nearest by weighted squares.
+
+    A smaller grid cuts weights off and is finer for the others. A symmetric grid has one value more on one side: both
+    signs of the scale are tried. An asymmetric one may begin a step earlier or later.
+
+    Args:
+        w: Weights.
+        importance: Weight of each squared difference, broadcast to `w`.
+        dim: Along which weights share a grid.
+        bits: Width of a code.
+        sym: Whether zero is in the middle.
+        shrinks: Sizes to try, as shares of what `fit` returns; 1.0 is always tried.
+    """
+    best = fit(w, dim=dim, bits=bits, sym=sym)
+    least = _squares(w, best, importance, dim)
+    for tried in _candidates(best, sym=sym, shrinks=shrinks):
+        error = _squares(w, tried, importance, dim)
+        better = error < least
+        best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero), bits)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _candidates(whole: Grid, *, sym: bool, shrinks: Sequence[float]) -> Iterator[Grid]:
+    last = 2**whole.bits - 1
+    for shrink in shrinks:
+        scale = _as_stored(whole.scale * shrink)
+        if sym:
+            yield Grid(scale, whole.zero, whole.bits)
+            yield Grid(-scale, whole.zero, whole.bits)
+        else:
+            for step in (-1, 0, 1):
+                yield Grid(scale, (whole.zero + step).clamp(1, last), whole.bits)
+
+
+def _squares(w: Tensor, grid: Grid, importance: Tensor, dim: int) -> Tensor:
+    """Return the weighted squared differences between weights and their nearest values, summed along `dim`."""
+    scale, zero = grid.scale.unsqueeze(dim), grid.zero.unsqueeze(dim)
+    steps = (w / scale).round_().clamp_(-zero, 2**grid.bits - 1 - zero)
+    return torch.addcmul(w, steps, scale, value=-1).square_().mul_(importance).sum(dim)
 
 
 def _as_stored(scale: Tensor) -> Tensor:

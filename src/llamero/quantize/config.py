@@ -214,9 +214,13 @@ class QuantizeConfig(Strict):
     """File of llama.cpp's importances (either form) that GGUF variants heed instead of the calibration text."""
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Added to the diagonal of the second moments, as a fraction of its mean; raised, and reported, if too little."""
-    refine: int = Field(default=0, ge=0)
-    """Sweeps in which GPTQ's codes and scales are fitted to each other once more; 1 or 2 help at 2 and 3 bits, and each
-    costs about as much as GPTQ itself."""
+    sensitivity: int = Field(default=8192, ge=0)
+    """Calibration tokens on which it is measured how the loss feels the outputs of each layer, so that in GPTQ the
+    errors of outputs answer to one another; takes a second walk through the model, and back, with that many tokens.
+    0 is plain GPTQ."""
+    refine: int | None = Field(default=None, ge=0)
+    """Sweeps in which GPTQ's codes and scales are fitted to each other once more, each of which costs about as much as
+    GPTQ itself. They take each output for itself, so only with `sensitivity: 0`; then 2 at 3 bits by default."""
     sym: bool = True
     """Zero in the middle of every grid. Asymmetric grids are a little better and are read by fewer programs."""
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -228,6 +232,12 @@ class QuantizeConfig(Strict):
     """Largest KL(original ‖ variant) on any of these texts, in nats per token, with which a variant is published."""
     publish_anyway: tuple[str, ...] = ()
     """Variants that are published whatever was measured; the card says so."""
+
+    @model_validator(mode="after")
+    def _outputs_coupled_or_not(self) -> QuantizeConfig:
+        if self.refine and self.sensitivity:
+            raise ValueError("`refine` takes each output for itself; set `sensitivity: 0` for it")
+        return self
 
     @field_validator("variants")
     @classmethod

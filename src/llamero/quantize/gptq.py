@@ -1,9 +1,12 @@
 """GPTQ: round one input channel at a time and let the channels still to come absorb the error.
 
-Frantar et al. 2022, arXiv:2210.17323, Algorithm 1.
+Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Where it is known how the loss feels the outputs, those still to
+come absorb errors too (in the way of Tseng et al. 2025, arXiv:2505.22988, with some outputs at a time for single ones).
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,21 @@ from llamero.model import grid
 
 BLOCK = 128
 """Channels whose errors are gathered before the channels beyond them are told."""
+
+COLUMNS = 2048
+"""Rows of weights, of all grids together, that are solved at a time: a block of their channels stays in the cache."""
+
+OUTPUTS = 32
+"""Outputs that are solved at a time where they are coupled; fewer are better and take longer."""
+
+MOST_STEPS = 64
+"""In how many steps the outputs of a set are solved at most."""
+
+WAITING = 2**29
+"""Bytes of coupled weights that wait for their turn."""
+
+OUTPUT_DAMP = 0.1
+"""Added to the diagonal of the gradients' second moments, as a fraction of its mean: they come from few tokens."""
 
 ESCALATIONS = 4
 """How often damping is tried, each time ten times stronger."""
@@ -33,6 +51,69 @@ class Factor:
     """Input channels that are always zero."""
     damp: float
     """Damping that was needed, as a fraction of the mean diagonal."""
+
+    @property
+    def importance(self) -> Float[Tensor, " d"]:
+        """Return what a squared difference costs in each channel, in the order of solving, all later ones answering."""
+        return self.u.diagonal() ** -2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """How the errors of a layer's outputs add up in the loss, for sets of neighbouring outputs."""
+
+    u: Float[Tensor, "sets size size"]
+    """Upper triangular, `u.T @ u` is the inverse of the gradients' damped second moment, in the order of solving."""
+    order: Int[Tensor, "sets size"]
+    """Outputs of a set in the order of solving: those first that the loss feels most."""
+
+
+def couple(g: Float[Tensor, "sets size size"]) -> Outputs:
+    """Return how errors of outputs add up in the loss.
+
+    Args:
+        g: Second moments of the loss's gradients by the outputs, for sets of neighbouring outputs.
+    """
+    factors, orders = zip(*(_couple_set(each) for each in g), strict=True)
+    return Outputs(torch.stack(factors), torch.stack(orders))
+
+
+def _couple_set(g: Tensor) -> tuple[Tensor, Tensor]:
+    diagonal = g.diagonal().double()
+    mean = diagonal.mean()
+    added = OUTPUT_DAMP * mean if mean > 0 else torch.ones_like(mean)  # nothing is felt: each for itself
+    order = diagonal.argsort(descending=True, stable=True)
+    u = _inverse_factor(g.double(), order, added=added.expand(len(g)))
+    if u is None:
+        raise ValueError(f"second moments of {len(g)} gradients are not positive semidefinite")
+    return u.to(g.dtype), order
+
+
+@dataclass(frozen=True)
+class Grids:
+    """On which values weights may come to lie."""
+
+    bits: int
+    """Width of a code."""
+    group_size: int
+    """Input channels that share one grid; divides `d`, or -1 for all of them."""
+    sym: bool = True
+    """Zero in the middle of every grid."""
+    static: bool = False
+    """Grids come from the unsolved weights of neighbouring channels. Otherwise groups are formed in the order of
+    solving, and a grid is fitted when its group is reached, to weights that have absorbed all errors so far."""
+    shrinks: tuple[float, ...] = ()
+    """Smaller grids to try, see `grid.search`; none: each spans its weights."""
+
+    def size(self, inputs: int) -> int:
+        """Return the channels of a group."""
+        return inputs if self.group_size == -1 else self.group_size
+
+    def fit(self, w: Float[Tensor, "group columns"], importance: Float[Tensor, " group"]) -> grid.Grid:
+        """Return the grid of one group for each column."""
+        if not self.shrinks:
+            return grid.fit(w, dim=0, bits=self.bits, sym=self.sym)
+        return grid.search(w, importance[:, None], dim=0, bits=self.bits, sym=self.sym, shrinks=self.shrinks)
 
 
 def factorize(h: Float[Tensor, "d d"], *, by_activation: bool, damp: float, where: str = "layer") -> Factor:
@@ -96,6 +177,7 @@ def quantize(
     sym: bool = True,
     actorder: Actorder = "none",
     damp: float = 0.01,
+    shrinks: tuple[float, ...] = (),
 ) -> GroupCodes:
     """Round `w` so that `w @ x` changes little for inputs like those behind `h`.
 
@@ -107,58 +189,195 @@ def quantize(
         sym: Whether zero is in the middle of every grid.
         actorder: Order of the channels, see `Actorder`.
         damp: Added to the diagonal of `h`, as a fraction of its mean.
+        shrinks: Smaller grids to try, see `grid.search`.
     """
     factor = factorize(h, by_activation=actorder != "none", damp=damp)
-    return solve(w, factor, bits=bits, group_size=group_size, sym=sym, static=actorder == "static")
+    return solve(w, factor, [Grids(bits, group_size, sym, actorder == "static", shrinks)])[0]
 
 
 def solve(
-    w: Float[Tensor, "out d"], factor: Factor, *, bits: int, group_size: int, sym: bool, static: bool
-) -> GroupCodes:
-    """Return the codes of `w`; its rows are independent, so layers with the same inputs may be stacked.
+    w: Float[Tensor, "out d"], factor: Factor, asked: Sequence[Grids], outputs: Outputs | None = None
+) -> list[GroupCodes]:
+    """Return the codes of `w` on each of the grids asked for.
+
+    Layers with the same inputs may be stacked in `w`. The grids are stacked as if they were more rows, so that a
+    channel costs the same few operations whatever is asked for; none changes the codes of another. Beside the codes,
+    what is held at a time grows neither with the rows nor with the grids.
 
     Args:
         w: Weight of a linear layer, or of several with the same inputs.
         factor: Of their inputs.
-        bits: Width of a code.
-        group_size: Input channels that share one grid; divides `d`, or -1 for all of them.
-        sym: Whether zero is in the middle of every grid.
-        static: Grids come from the unsolved weights of neighbouring channels. Otherwise groups are formed in
-            the order of solving, and a grid is fitted when its group is reached, to weights that have
-            absorbed all errors so far.
+        asked: Any number of grids.
+        outputs: How errors of outputs add up; without it each counts for itself, and rows are independent.
     """
-    inputs, u, order = w.shape[1], factor.u, factor.order
-    size = inputs if group_size == -1 else group_size
+    inputs = w.shape[1]
     w = w.masked_fill(factor.dead, 0)
-    grids: list[grid.Grid] = []
-    if static:
-        grids = [grid.fit(part, dim=1, bits=bits, sym=sym) for part in w.split(size, dim=1)]
-    group_of = (order if static else torch.arange(inputs, device=w.device)) // size  # in the order of solving
-    groups = group_of.tolist()
+    stacks: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for number, grids in enumerate(asked):
+        stacks.setdefault(tuple(_blocks(inputs, grids.size(inputs))), []).append(number)
+    found: dict[int, GroupCodes] = {}
+    for blocks, stack in stacks.items():
+        solver = _Solver(factor, [asked[number] for number in stack], blocks)
+        parts = solver.alone(w) if outputs is None else solver.together(w, outputs)
+        for number, pieces in zip(stack, zip(*parts, strict=True), strict=True):
+            found[number] = _one_below_the_other(pieces)
+    return [found[number] for number in range(len(asked))]
 
-    w = w[:, order].T.contiguous()  # (d, out): a channel is a row from here on, and so lies together
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start, stop in _blocks(inputs, size):
-        errors = torch.empty_like(w[start:stop])
-        for i in range(start, stop):
-            if not static and i % size == 0:
-                grids.append(grid.fit(w[i : i + size], dim=0, bits=bits, sym=sym))
-            here = grids[groups[i]]
-            code = here.encode(w[i])
-            codes[i] = code
-            error = (w[i] - here.decode(code)) / u[i, i]
-            w[i:stop].addr_(u[i, i:stop], error, alpha=-1)  # this block, now
-            errors[i - start] = error
-        w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)  # everything beyond it, once
 
-    back = order.argsort()
-    return GroupCodes(
-        codes=codes[back].T.contiguous(),
-        scales=torch.stack([g.scale for g in grids], dim=1).half(),
-        zeros=torch.stack([g.zero for g in grids], dim=1).to(torch.uint8),
-        g_idx=group_of[back].to(torch.int32),
-        bits=bits,
-    )
+def _one_below_the_other(pieces: Sequence[GroupCodes], order: Tensor | None = None) -> GroupCodes:
+    """Return the codes of all rows, put into another order."""
+    if len(pieces) == 1 and order is None:
+        return pieces[0]
+    codes, scales, zeros = zip(*((piece.codes, piece.scales, piece.zeros) for piece in pieces), strict=True)
+    whole = (torch.cat(codes), torch.cat(scales), torch.cat(zeros))
+    if order is not None:
+        whole = (whole[0][order], whole[1][order], whole[2][order])
+    return GroupCodes(*whole, pieces[0].g_idx, pieces[0].bits)
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """Solves for several grids that have the same blocks."""
+
+    factor: Factor
+    asked: Sequence[Grids]
+    blocks: Sequence[tuple[int, int]]
+
+    def alone(self, w: Tensor) -> Iterator[tuple[GroupCodes, ...]]:
+        """Yield the codes of some rows after the other, none of which changes another's."""
+        for part in w.split(max(1, COLUMNS // len(self.asked))):
+            yield self.sweep(part.expand(len(self.asked), *part.shape))
+
+    def together(self, w: Tensor, outputs: Outputs) -> Iterator[tuple[GroupCodes, ...]]:
+        """Yield the codes of some sets of outputs after the other."""
+        count, size = outputs.order.shape
+        sets = max(1, WAITING // (len(self.asked) * size * w.shape[1] * w.element_size()))
+        for first in range(0, count, sets):
+            chosen = slice(first, first + sets)
+            yield self.sets(w.unflatten(0, (count, size))[chosen], outputs.u[chosen], outputs.order[chosen])
+
+    def sets(self, w: Tensor, u: Tensor, order: Tensor) -> tuple[GroupCodes, ...]:
+        """Return the codes of sets of outputs: what some of a set are off by, those still to come are told.
+
+        That is GPTQ once more, over outputs in place of channels, and a few of them at a time.
+
+        Args:
+            w: (sets, size, d).
+            u: (sets, size, size), upper triangular, of the inverse of what couples the outputs.
+            order: (sets, size), in which outputs are solved.
+        """
+        count, size, _ = w.shape
+        w = w.take_along_dim(order[..., None], 1)
+        targets = w.expand(len(self.asked), *w.shape).clone()  # (grids, sets, size, d)
+        pieces: list[tuple[GroupCodes, ...]] = []
+        rows: list[Tensor] = []  # where outputs of the pieces lie
+        step = max(OUTPUTS, size // MOST_STEPS)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            wanted = targets[:, :, start:stop]
+            pieces.append(self.sweep(wanted.flatten(1, 2)))
+            rows.append((torch.arange(count, device=w.device)[:, None] * size + order[:, start:stop]).flatten())
+            if stop < size:
+                made = torch.stack([codes.dequantize(w.dtype) for codes in pieces[-1]]).view_as(wanted)
+                within, beyond = u[:, start:stop, start:stop], u[:, start:stop, stop:]
+                errors = torch.linalg.solve_triangular(within.mT, wanted - made, upper=False)
+                targets[:, :, stop:] -= beyond.mT @ errors
+        back = torch.cat(rows).argsort()
+        return tuple(_one_below_the_other(mine, back) for mine in zip(*pieces, strict=True))
+
+    def sweep(self, w: Float[Tensor, "grids rows d"]) -> tuple[GroupCodes, ...]:
+        """Return the codes of some rows, each grid those of its own."""
+        rows = w.shape[1]
+        x = w[:, :, self.factor.order].flatten(0, 1).T.contiguous()  # (d, columns): a channel is a row from here on
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=w.device)
+        parts = [
+            _Part(grids, own, self.factor, slice(i * rows, (i + 1) * rows))
+            for i, (grids, own) in enumerate(zip(self.asked, w, strict=True))
+        ]
+        for start, stop in self.blocks:
+            errors = _round_block(x, self.factor, parts, start, stop, codes)
+            x[stop:].addmm_(self.factor.u[start:stop, stop:].T, errors, alpha=-1)  # everything beyond it, once
+        back = self.factor.order.argsort()
+        return tuple(part.result(codes, back) for part in parts)
+
+
+def _round_block(
+    x: Tensor, factor: Factor, parts: Sequence[_Part], start: int, stop: int, codes: Tensor
+) -> Float[Tensor, "block columns"]:
+    """Write the codes of a block of channels; return their errors, of which the channels beyond are to be told."""
+    block, u = x[start:stop], factor.u[start:stop, start:stop]
+    scale, low, high, steps, errors = (torch.empty_like(block) for _ in range(5))
+    pivots = u.diagonal().tolist()
+    for i, pivot in enumerate(pivots):
+        for part in parts:
+            if part.begins(start + i, start):
+                part.lay(x, start + i, scale[i:], low[i:], high[i:])
+        step, error = steps[i], errors[i]
+        torch.div(block[i], scale[i], out=step)
+        torch.clamp(step.round_(), low[i], high[i], out=step)
+        torch.addcmul(block[i], step, scale[i], value=-1, out=error)
+        error.div_(pivot)
+        block[i:].addr_(u[i, i:], error, alpha=-1)  # this block, now
+    codes[start:stop] = steps.sub_(low)
+    return errors
+
+
+class _Part:
+    """The columns that one of several stacked grids has."""
+
+    def __init__(self, grids: Grids, w: Tensor, factor: Factor, where: slice) -> None:
+        inputs = w.shape[1]
+        self.grids, self.where, self.size = grids, where, grids.size(inputs)
+        self.importance = factor.importance
+        channels = factor.order if grids.static else torch.arange(inputs, device=w.device)
+        self.group = channels // self.size  # in the order of solving
+        self.scales = w.new_empty(inputs // self.size, len(w))
+        self.zeros = torch.empty_like(self.scales)
+        if grids.static:
+            importance = self.importance[factor.order.argsort()]
+            for number, (part, weight) in enumerate(
+                zip(w.T.split(self.size), importance.split(self.size), strict=True)
+            ):
+                self._fit(number, part, weight)
+
+    def _fit(self, number: int, w: Tensor, importance: Tensor) -> None:
+        found = self.grids.fit(w, importance)
+        self.scales[number], self.zeros[number] = found.scale, found.zero
+
+    def begins(self, channel: int, start: int) -> bool:
+        """Return whether grids have to be laid when this channel is reached, in a block that begins at `start`."""
+        return channel == start or (not self.grids.static and channel % self.size == 0)
+
+    def lay(self, x: Tensor, channel: int, scale: Tensor, low: Tensor, high: Tensor) -> None:
+        """Write the grids of the channels from this one on, as far as they are known.
+
+        Args:
+            x: Weights of all channels in the order of solving, up to date.
+            channel: That is rounded now.
+            scale: Of the channels from this one to the end of the block.
+            low: Their lowest steps.
+            high: Their highest steps.
+        """
+        count = len(scale)
+        if not self.grids.static:
+            end = channel + self.size
+            if channel % self.size == 0:
+                self._fit(channel // self.size, x[channel:end, self.where], self.importance[channel:end])
+            count = min(count, self.size)
+        group = self.group[channel : channel + count]
+        scale[:count, self.where] = self.scales[group]
+        low[:count, self.where] = -self.zeros[group]
+        high[:count, self.where] = 2**self.grids.bits - 1 - self.zeros[group]
+
+    def result(self, codes: Tensor, back: Tensor) -> GroupCodes:
+        """Return the codes, channels as they lay."""
+        return GroupCodes(
+            codes=codes[:, self.where][back].T.contiguous(),
+            scales=self.scales.T.half().contiguous(),
+            zeros=self.zeros.T.to(torch.uint8).contiguous(),
+            g_idx=self.group[back].to(torch.int32),
+            bits=self.grids.bits,
+        )
 
 
 def _blocks(inputs: int, size: int) -> Iterator[tuple[int, int]]:

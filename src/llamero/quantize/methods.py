@@ -1,12 +1,26 @@
 """Every method: a decoder layer in, its codes for each variant out."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
+from llamero.checkpoint.codes import GroupCodes
 from llamero.model import rtn
 from llamero.quantize import awq, bitsandbytes, gptq, kquant
-from llamero.quantize.problem import LayerProblems, Solution
+from llamero.quantize.problem import LayerProblems, Problem, Solution
 from llamero.quantize.refine import refine
 from llamero.quantize.variants import Variant
+
+HELD = 2**31
+"""Codes, of a byte each, that GPTQ holds at a time: variants of a large layer are solved a few at a time."""
+
+SHRINKS = tuple(step / 20 for step in range(12, 20))
+"""Sizes of grids that GPTQ tries beside the whole span of a group's weights."""
+
+SEARCHED = (3, 4, 5, 6)
+"""Widths for which it does. At 2 bits weights that absorb errors need all the room there is, at 8 nothing is left."""
+
+REFINED = {3: 2}
+"""Sweeps of `refine` for codes of some widths, where nothing else is asked for."""
 
 Method = Callable[[LayerProblems, Sequence[Variant]], Iterator[Solution]]
 """Yields a solution for each variant, in their order; all variants of a method are asked for together."""
@@ -22,23 +36,48 @@ def _rtn(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution
 
 
 def _gptq(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:
-    for variant in variants:
-        solution = Solution()
-        for problem in layer.inputs.values():
-            factor = problem.factor(variant.actorder != "none")
-            codes = gptq.solve(
-                problem.weight,
-                factor,
-                bits=variant.bits,
-                group_size=variant.group_size,
-                sym=variant.sym,
-                static=variant.actorder == "static",
-            )
-            if layer.refine:
-                moment = problem.statistics.second_moment
-                codes = refine(problem.weight, moment, codes, damp=factor.damp, sweeps=layer.refine)
-            solution.add(problem, codes, damp=factor.damp, dead=int(factor.dead.sum()))
-        yield solution
+    weights = sum(problem.weight.numel() for problem in layer.inputs.values())
+    count = max(1, HELD // weights)
+    for first in range(0, len(variants), count):
+        yield from _gptq_together(layer, variants[first : first + count])
+
+
+def _gptq_together(layer: LayerProblems, variants: Sequence[Variant]) -> list[Solution]:
+    """Return solutions of variants that are held in memory at a time; those with the same order share a sweep."""
+    solutions, seconds = [Solution() for _ in variants], [0.0] * len(variants)
+    for problem in layer.inputs.values():
+        for by_activation in (True, False):
+            mine = [i for i, variant in enumerate(variants) if (variant.actorder != "none") == by_activation]
+            if not mine:
+                continue
+            started = time.perf_counter()
+            factor = problem.factor(by_activation)
+            found = gptq.solve(problem.weight, factor, [_grids(variants[i]) for i in mine], problem.outputs_felt)
+            shared = (time.perf_counter() - started) / len(mine)
+            for i, codes in zip(mine, found, strict=True):
+                started = time.perf_counter()
+                _take(solutions[i], layer, problem, variants[i], factor, codes)
+                seconds[i] += shared + time.perf_counter() - started
+    for solution, spent in zip(solutions, seconds, strict=True):
+        solution.seconds = spent
+    return solutions
+
+
+def _grids(variant: Variant) -> gptq.Grids:
+    shrinks = SHRINKS if variant.bits in SEARCHED else ()
+    return gptq.Grids(variant.bits, variant.group_size, variant.sym, variant.actorder == "static", shrinks)
+
+
+def _take(
+    solution: Solution, layer: LayerProblems, problem: Problem, variant: Variant, factor: gptq.Factor, codes: GroupCodes
+) -> None:
+    """Refine codes, if their width is worth it, and add them to a solution."""
+    moment = problem.statistics.second_moment
+    own = REFINED.get(variant.bits, 0) if problem.outputs_felt is None else 0  # it knows nothing of other outputs
+    sweeps = own if layer.refine is None else layer.refine
+    if sweeps:
+        codes = refine(problem.weight, moment, codes, damp=factor.damp, sweeps=sweeps)
+    solution.add(problem, codes, damp=factor.damp, dead=int(factor.dead.sum()))
 
 
 def _awq(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -43,8 +43,17 @@ class Problem:
     outputs: tuple[int, ...]
     """Of each layer."""
     statistics: Statistics
+    outputs_felt: gptq.Outputs | None
+    """How errors of the outputs add up in the loss, where that was measured."""
     factor: Callable[[bool], gptq.Factor]
-    """Factor of the second moment, in the order of activation or not; computed once for all variants."""
+    """Factor of the second moment, in the order of activation or not; computed once for all who ask in turn."""
+
+    @cached_property
+    def totals(self) -> dict[str, float]:
+        """Return the squared outputs of each layer, summed over the calibration tokens."""
+        moment = self.statistics.second_moment
+        parts = zip(self.names, self.weight.split(self.outputs), strict=True)
+        return {name: squared_outputs(weight, moment) for name, weight in parts}
 
     def parts(self, codes: Codes) -> dict[str, Codes]:
         """Return the codes of each layer, of codes for all of them."""
@@ -71,8 +80,8 @@ class LayerProblems:
     """Of the whole model."""
     inputs: Mapping[str, Problem]
     """By the keys of `INPUTS`."""
-    refine: int = 0
-    """Sweeps of coordinate descent after GPTQ."""
+    refine: int | None = None
+    """Sweeps of coordinate descent after GPTQ; `None`: as the width of the codes has it."""
     imatrix: Mapping[str, Tensor] = field(default_factory=dict)
     """Mean square of input channels by the names of GGUF tensors, where not that of the statistics is to be used."""
 
@@ -102,6 +111,8 @@ class Solution:
     """Mean square of input channels that was heeded, by the names of GGUF tensors; only of GGUF variants."""
     changed: dict[str, Tensor] = field(default_factory=dict)
     """Other parameters of the decoder layer that go with these codes, such as norms that scales were folded into."""
+    seconds: float | None = None
+    """That finding it took, where several were found together; each has its share."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return the parameters of the decoder layer that are not as they were, dequantized."""
@@ -144,7 +155,10 @@ class Solution:
             if not bool(change.isfinite().all()):
                 problem_said = f"weights up to {weight.abs().max():g} need a scale beyond float16"
                 raise LlameroError(problem_said, where=f"{problem.prefix}{name}.weight")
-            error, total = (squared_outputs(w * factor[:, None], moment) for w in (change, weight))
+            if times is None:
+                error, total = squared_outputs(change, moment), problem.totals[name]
+            else:
+                error, total = (squared_outputs(w * factor[:, None], moment) for w in (change, weight))
             self.codes[name], self.fits[name] = part, Fit(error, total, damp, dead)
 
 
@@ -153,8 +167,9 @@ def pose(
     shape: LlamaConfig,
     *,
     damp: float,
-    refine: int = 0,
+    refine: int | None = None,
     imatrix: Mapping[str, Tensor] | None = None,
+    felt: Mapping[str, Tensor] | None = None,
 ) -> LayerProblems:
     """Return what is to be solved of a decoder layer.
 
@@ -162,30 +177,38 @@ def pose(
         layer: The layer and what flowed into it.
         shape: Of the whole model.
         damp: Damping asked for.
-        refine: Sweeps after GPTQ.
+        refine: Sweeps after GPTQ; `None`: as the width of the codes has it.
         imatrix: Of another file, see `LayerProblems.imatrix`.
+        felt: Second moments of the loss's gradients by the outputs, by the keys of `INPUTS`, if they were measured.
 
     Raises:
         LlameroError: If weights are not finite.
     """
-    inputs = {source: _problem(layer, source, damp=damp) for source in INPUTS}
+    inputs = {
+        source: _problem(layer, source, damp=damp, felt=None if felt is None else felt[source]) for source in INPUTS
+    }
     return LayerProblems(layer.number, layer.block, shape, inputs, refine, imatrix or {})
 
 
-def _problem(layer: Layer, source: str, *, damp: float) -> Problem:
+def _problem(layer: Layer, source: str, *, damp: float, felt: Tensor | None) -> Problem:
     statistics, prefix = layer.statistics[source], f"model.layers.{layer.number}."
-    weights = []
-    for name in INPUTS[source]:
-        weights.append(layer.block.get_submodule(name).get_parameter("weight").detach())
-        if not bool(weights[-1].isfinite().all()):
-            raise LlameroError("weights that are not finite", where=f"{prefix}{name}.weight")
+    weights = [finite_weight(layer.block, prefix, name) for name in INPUTS[source]]
 
-    @cache
+    @lru_cache(maxsize=1)  # of a large layer it takes as much memory as all its weights
     def factor(by_activation: bool) -> gptq.Factor:
         return gptq.factorize(statistics.second_moment, by_activation=by_activation, damp=damp, where=prefix + source)
 
     outputs = tuple(len(weight) for weight in weights)
-    return Problem(prefix, INPUTS[source], torch.cat(weights), outputs, statistics, factor)
+    coupled = None if felt is None else gptq.couple(felt.to(weights[0].device))
+    return Problem(prefix, INPUTS[source], torch.cat(weights), outputs, statistics, coupled, factor)
+
+
+def finite_weight(block: Block, prefix: str, name: str) -> Tensor:
+    """Return the weight of a linear layer; refuse one that is broken."""
+    weight = block.get_submodule(name).get_parameter("weight").detach()
+    if not bool(weight.isfinite().all()):
+        raise LlameroError("weights that are not finite", where=f"{prefix}{name}.weight")
+    return weight
 
 
 def _unfactored(by_activation: bool) -> gptq.Factor:

@@ -5,6 +5,9 @@ is set to the value that is best with all others as they are, again and again. T
 Behdin et al. 2023, arXiv:2309.01885, with the scales as coordinates too).
 """
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +16,9 @@ from llamero.checkpoint.codes import GroupCodes
 
 BLOCK = 128
 """Channels whose changes are gathered before the others are told."""
+
+ROWS = 2048
+"""Rows of weights that are worked on at a time."""
 
 
 def refine(
@@ -28,20 +34,24 @@ def refine(
         sweeps: How often all codes and all scales are gone through.
     """
     order = start.g_idx.long().argsort(stable=True)  # groups side by side
-    h = h[order][:, order]
+    h = h[order[:, None], order]
     alive = h.diagonal() > 0
     h.diagonal().add_(damp * h.diagonal().sum() / max(1, int(alive.sum())))
     h.diagonal()[~alive] = h.diagonal().mean()
-    w = w[:, order].masked_fill(~alive, 0)
-    work = _Work(w, h, start, order)
-    for _ in range(sweeps):
+    parts = []
+    for first in range(0, len(w), ROWS):
+        rows = slice(first, first + ROWS)
+        work = _Work(w[rows, order].T.contiguous().masked_fill_(~alive[:, None], 0), h, start.rows(first, rows.stop))
+        for _ in range(sweeps):
+            work.move_codes()
+            work.move_scales()
         work.move_codes()
-        work.move_scales()
-    work.move_codes()
-    back = order.argsort()
+        parts.append(work)
+    steps, scales, zeros = (torch.cat(p, 1) for p in zip(*((x.steps, x.scales, x.zeros) for x in parts), strict=True))
+    codes = (steps[order.argsort()] + zeros[start.g_idx.long()]).T
     return GroupCodes(
-        (work.steps[:, back] + work.zeros[:, start.g_idx.long()]).to(torch.uint8),
-        work.scales.to(start.scales.dtype),
+        codes.to(torch.uint8).contiguous(),
+        scales.T.to(start.scales.dtype).contiguous(),
         start.zeros,
         start.g_idx,
         start.bits,
@@ -49,47 +59,46 @@ def refine(
 
 
 class _Work:
-    """Codes on their way, and the gradient of the error that follows them.
+    """Codes on their way, and the gradient of the error that follows them; a channel is a row, and lies together.
 
     `steps` are codes minus zero points; what they stand for is `scale * step`.
     """
 
-    def __init__(self, w: Tensor, h: Tensor, start: GroupCodes, order: Tensor) -> None:
-        self.h, self.dtype = h, start.scales.dtype
-        self.scales, self.zeros = start.scales.to(w.dtype), start.zeros.to(w.dtype)
+    def __init__(self, w: Float[Tensor, "d out"], h: Float[Tensor, "d d"], start: GroupCodes) -> None:
+        self.h, self.dtype, self.last = h, start.scales.dtype, 2**start.bits - 1
+        self.scales, self.zeros = start.scales.T.to(w.dtype), start.zeros.T.to(w.dtype)  # (groups, out)
+        order = start.g_idx.long().argsort(stable=True)
         self.group = start.g_idx.long()[order]
         self.bounds = [0, *(torch.bincount(self.group).cumsum(0).tolist())]
-        self.low, self.high = -self.zeros, 2**start.bits - 1 - self.zeros
-        self.steps = start.codes[:, order].to(w.dtype) - self.zeros[:, self.group]
-        self.gradient = (w - self.scales[:, self.group] * self.steps) @ h
+        self.steps = start.codes.T[order].to(w.dtype) - self.zeros[self.group]
+        self.gradient = h @ (w - self.scales[self.group] * self.steps)
 
     def move_codes(self) -> None:
         """Set every code to its best value, channel after channel."""
         for start in range(0, len(self.h), BLOCK):
             part = slice(start, min(start + BLOCK, len(self.h)))
-            h, groups = self.h[part, part], self.group[part].tolist()
-            gradient = self.gradient[:, part].T.contiguous()  # a channel is a row, and so lies together
-            steps = self.steps[:, part].T.contiguous()
-            change = torch.empty_like(steps)
-            for i, group in enumerate(groups):
-                scale = self.scales[:, group]
-                best = steps[i] + gradient[i] / (h[i, i] * scale)
-                best = torch.minimum(torch.maximum(best.round(), self.low[:, group]), self.high[:, group])
-                change[i] = scale * (best - steps[i])
-                steps[i] = best
-                gradient.addr_(h[:, i], change[i], alpha=-1)
-            self.steps[:, part] = steps.T
-            self.gradient.addmm_(change.T, self.h[part], alpha=-1)
+            h, steps, scales = self.h[part, part], self.steps[part], self.scales[self.group[part]]
+            low = -self.zeros[self.group[part]]
+            high, change, gradient = low + self.last, steps.clone(), self.gradient[part].clone()
+            for i, pivot in enumerate(h.diagonal().tolist()):
+                torch.addcdiv(steps[i], gradient[i], scales[i], value=1 / pivot, out=steps[i])
+                torch.clamp(steps[i].round_(), low[i], high[i], out=steps[i])
+                torch.sub(steps[i], change[i], out=change[i]).mul_(scales[i])
+                gradient[i + 1 :].addr_(h[i + 1 :, i], change[i], alpha=-1)  # of those still to move, now
+            self.gradient.addmm_(self.h[:, part], change, alpha=-1)  # of all, once
 
     def move_scales(self) -> None:
         """Set every group's scale to its best value."""
-        for group, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
-            part = slice(start, stop)
-            steps = self.steps[:, part]
-            curvature = ((steps @ self.h[part, part]) * steps).sum(1)
-            moved = (self.gradient[:, part] * steps).sum(1) / torch.where(curvature > 0, curvature, 1.0)
-            old = self.scales[:, group]
+        for group, part in self._groups():
+            steps = self.steps[part]
+            curvature = ((self.h[part, part] @ steps) * steps).sum(0)
+            moved = (self.gradient[part] * steps).sum(0) / torch.where(curvature > 0, curvature, 1.0)
+            old = self.scales[group]
             new = (old + moved).to(self.dtype).to(old.dtype)
-            new = torch.where((new > 0) & (curvature > 0), new, old)
-            self.gradient.addmm_((new - old)[:, None] * steps, self.h[part], alpha=-1)
-            self.scales[:, group] = new
+            new = torch.where((new * old > 0) & (curvature > 0) & new.isfinite(), new, old)
+            self.gradient.addmm_(self.h[:, part], (new - old) * steps, alpha=-1)
+            self.scales[group] = new
+
+    def _groups(self) -> Iterator[tuple[int, slice]]:
+        for group, (start, stop) in enumerate(itertools.pairwise(self.bounds)):
+            yield group, slice(start, stop)

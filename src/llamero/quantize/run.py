@@ -18,12 +18,13 @@ from llamero.core import artifact
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
-from llamero.quantize import calibrate, importance, kept, streams
+from llamero.quantize import calibrate, importance, kept, sensitivity, streams
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.gguf import GgufVariantWriter
 from llamero.quantize.methods import DAMPED, METHODS
 from llamero.quantize.problem import LayerProblems, Solution, pose
+from llamero.quantize.sensitivity import Sensitivity
 from llamero.quantize.streams import Stream
 from llamero.quantize.variants import Layout, Variant, refuse_misfits
 from llamero.quantize.write import VariantWriter, Writer, widths
@@ -164,6 +165,7 @@ def run(
             writer = write(out(variant), meta, variant, source=model, dtype=dtype, shard_bytes=shard_bytes)
             works.append(_Work(variant, writer))
             stack.callback(works[-1].writer.abandon)
+        felt = _sensitivity(stack, works, config, model=model, shape=shape, tokens=tokens, device=device)
         outside = [name for name in stored if not name.startswith("model.layers.")]
         _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
         planned = {stream.name: stream for stream in streams.plan(config, variants, widths(meta))}
@@ -177,7 +179,7 @@ def run(
             reused = artifact.find(keep_in, who) is not None
             layers = stack.enter_context(closing(kept.layers(walk, model, shape, who, root=keep_in)))
         for layer in layers:
-            _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix)
+            _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix, felt)
             del layer  # before the next one is read, not after
         ends = {name: stored[name] for name in outside if name != EMBEDDING}
         heeded = importance.of_head(imatrix, walk.head)
@@ -206,6 +208,24 @@ def _copy(
                 work.importance[str(to_gguf(name))] = importances[name].float().cpu()
 
 
+def _sensitivity(
+    stack: ExitStack,
+    works: list[_Work],
+    config: QuantizeConfig,
+    *,
+    model: Path,
+    shape: LlamaConfig,
+    tokens: Sequence[Tensor],
+    device: str | torch.device,
+) -> Sensitivity | None:
+    """Measure how the loss feels outputs, if a method asks for it; what waits on disk goes with the stack."""
+    if config.sensitivity == 0 or all(work.variant.method not in DAMPED for work in works):
+        return None
+    felt = stack.enter_context(Sensitivity(works[0].writer.directory.parent))
+    sensitivity.measure(model, shape, sensitivity.some(tokens, config.sensitivity), into=felt, device=device)
+    return felt
+
+
 @torch.no_grad()
 def _solve_layer(
     layer: Layer,
@@ -214,9 +234,11 @@ def _solve_layer(
     config: QuantizeConfig,
     stream: Stream,
     imatrix: Mapping[str, Tensor],
+    felt: Sensitivity | None,
 ) -> None:
     """Quantize a decoder layer once for every variant of a stream, write it, and say how the stream flows on."""
-    problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix)
+    moments = None if felt is None else felt.of(layer.number)
+    problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix, felt=moments)
     at_work = {work.variant: work for work in works if work.variant in stream.variants}
     asked = [*at_work, stream.leader] if stream.leader not in {None, *at_work} else list(at_work)
     for name, method in METHODS.items():
@@ -225,6 +247,7 @@ def _solve_layer(
         for variant in mine:
             started = time.perf_counter()
             solution = next(solutions)
+            found = time.perf_counter()
             if variant == stream.leader:
                 layer.weights.update(solution.weights())
             if variant in at_work:
@@ -232,7 +255,8 @@ def _solve_layer(
                 work.modules += _reports(problems, solution)
                 work.importance |= {name: values.float().cpu() for name, values in solution.importance.items()}
                 work.writer.add_layer(layer.number, layer.block, solution)
-                work.seconds += time.perf_counter() - started
+                work.seconds += found - started if solution.seconds is None else solution.seconds
+                work.seconds += time.perf_counter() - found
 
 
 def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleReport]:

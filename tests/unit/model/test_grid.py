@@ -41,3 +41,30 @@ def test_rounding_errs_by_half_a_step_at_most():
     codes = rtn.quantize(w, bits=4, group_size=16, sym=False)
     step = codes.scales.float().repeat_interleave(16, dim=1)
     assert ((w - codes.dequantize()).abs() <= 0.51 * step + 0.01).all()
+
+
+@given(st.integers(0, 10_000), st.sampled_from([2, 3, 4]), st.booleans())
+def test_a_search_finds_the_best_of_its_candidates(seed, bits, sym):
+    random = torch.Generator().manual_seed(seed)
+    w = torch.randn(12, 3, generator=random, dtype=torch.float64)
+    importance = torch.rand(12, 1, generator=random, dtype=torch.float64)
+    shrinks = (0.6, 0.8, 0.9)
+    found = grid.search(w, importance, dim=0, bits=bits, sym=sym, shrinks=shrinks)
+    whole = grid.fit(w, dim=0, bits=bits, sym=sym)
+
+    def error(column, scale, zero):
+        squares = []
+        for x in w[:, column].tolist():
+            code = min(max(round(x / scale) + zero, 0), 2**bits - 1)
+            squares.append((x - scale * (code - zero)) ** 2)
+        return float((torch.tensor(squares, dtype=torch.float64) * importance[:, 0]).sum())
+
+    for column in range(3):
+        full, zero = float(whole.scale[column]), int(whole.zero[column])
+        tried = [(full, zero)]
+        for shrink in shrinks:
+            scale = float(torch.tensor(full * shrink).half())
+            around = [min(max(zero + step, 1), 2**bits - 1) for step in (-1, 0, 1)]
+            tried += [(scale, zero), (-scale, zero)] if sym else [(scale, z) for z in around]
+        best = min(error(column, *each) for each in tried)
+        assert error(column, float(found.scale[column]), int(found.zero[column])) <= best * (1 + 1e-9)

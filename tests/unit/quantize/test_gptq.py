@@ -24,7 +24,7 @@ def test_dead_channels_become_zero_and_are_known():
     h[5], h[:, 5] = 0, 0
     factor = gptq.factorize(h, by_activation=True, damp=0.01)
     assert factor.dead.nonzero().flatten().tolist() == [5]
-    solved = gptq.solve(w, factor, bits=4, group_size=32, sym=True, static=False)
+    solved = gptq.solve(w, factor, [gptq.Grids(4, 32)])[0]
     assert solved.dequantize()[:, 5].abs().max() == 0
 
 
@@ -80,3 +80,80 @@ def test_no_group_begins_where_later_channels_are_stale(inputs, size):
     for begin in range(0, inputs, size):
         start, stop = next((start, stop) for start, stop in blocks if start <= begin < stop)
         assert begin == start or begin + size <= stop
+
+
+ASKED = (
+    gptq.Grids(4, 16),
+    gptq.Grids(2, 32, sym=False, static=True),
+    gptq.Grids(3, -1),
+    gptq.Grids(8, 64, static=True),
+    gptq.Grids(5, 16, shrinks=(0.8, 0.9)),
+)
+
+
+@pytest.mark.parametrize("by_activation", [False, True])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_grids_are_solved_together_as_if_alone(by_activation, coupled, monkeypatch):
+    monkeypatch.setattr(gptq, "COLUMNS", 17)  # several rows at a time, but not all
+    monkeypatch.setattr(gptq, "OUTPUTS", 4)
+    w, h = layer(out=12)
+    factor = gptq.factorize(h.double(), by_activation=by_activation, damp=0.01)
+    outputs = gptq.couple(gradients(12, sets=2)) if coupled else None
+    together = gptq.solve(w.double(), factor, ASKED, outputs)
+    for grids, codes in zip(ASKED, together, strict=True):
+        (alone,) = gptq.solve(w.double(), factor, [grids], outputs)
+        assert codes.bits == grids.bits
+        for part in ("codes", "scales", "zeros", "g_idx"):
+            assert torch.equal(getattr(codes, part), getattr(alone, part))
+
+
+def gradients(outputs, *, sets=1):
+    generator = torch.Generator().manual_seed(3)
+    size = outputs // sets
+    mix = torch.randn(sets, size, size, generator=generator, dtype=torch.float64)
+    g = mix @ torch.randn(sets, size, 200, generator=generator, dtype=torch.float64)
+    return g @ g.mT
+
+
+def loss(w, h, g, codes):
+    """Return what the loss feels: `tr(G dW H dW.T)`, both damped."""
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    g = g + gptq.OUTPUT_DAMP * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
+    change = w - codes.dequantize(torch.float64)
+    return float(((g @ change @ h) * change).sum())
+
+
+def test_outputs_still_to_come_answer_to_the_errors_of_those_before(monkeypatch):
+    """Against the best continuous answer, found anew for each step from all errors so far."""
+    monkeypatch.setattr(gptq, "OUTPUTS", 4)
+    w, h = layer(out=12)
+    w, h, (g,) = w.double(), h.double(), gradients(12)
+    factor, grids = gptq.factorize(h, by_activation=True, damp=0.01), gptq.Grids(3, 16)
+    (found,) = gptq.solve(w, factor, [grids], gptq.couple(g[None]))
+    order = g.diagonal().argsort(descending=True)
+    damped = g + gptq.OUTPUT_DAMP * g.diagonal().mean() * torch.eye(12, dtype=g.dtype)
+    off = torch.zeros_like(w)
+    for start in range(0, 12, 4):
+        done, now, left = order[:start], order[start : start + 4], order[start:]
+        answer = -torch.linalg.solve(damped[left][:, left], damped[left][:, done] @ off[done])[:4]
+        target = w[now] - answer
+        expected = gptq.solve(target, factor, [grids])[0]
+        torch.testing.assert_close(found.dequantize(torch.float64)[now], expected.dequantize(torch.float64))
+        off[now] = w[now] - expected.dequantize(torch.float64)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_coupled_outputs_cost_less(bits):
+    w, h = layer(out=96)
+    w, h, (g,) = w.double(), h.double(), gradients(96)
+    factor, grids = gptq.factorize(h, by_activation=True, damp=0.01), gptq.Grids(bits, 32, static=True)
+    alone, coupled = (gptq.solve(w, factor, [grids], outputs)[0] for outputs in (None, gptq.couple(g[None])))
+    assert loss(w, h, g, coupled) < 0.8 * loss(w, h, g, alone)
+
+
+def test_outputs_that_nobody_feels_are_solved_by_themselves():
+    w, h = layer(out=12)
+    factor = gptq.factorize(h.double(), by_activation=True, damp=0.01)
+    alone = gptq.solve(w.double(), factor, [gptq.Grids(4, 16)])[0]
+    unfelt = gptq.solve(w.double(), factor, [gptq.Grids(4, 16)], gptq.couple(torch.zeros(3, 4, 4).double()))[0]
+    assert torch.equal(alone.codes, unfelt.codes)

@@ -61,3 +61,13 @@ def test_channels_without_activity_stay_at_zero():
     w, h = layer(dead=True)
     start = gptq.quantize(w, h, bits=3, group_size=64, damp=DAMP)
     assert bool((refine(w, h.clone(), start, damp=DAMP, sweeps=2).dequantize()[:, 5] == 0).all())
+
+
+def test_many_rows_are_refined_as_if_alone(monkeypatch):
+    w, h = layer(outputs=11)
+    start = gptq.quantize(w, h, bits=3, group_size=64, actorder="static", damp=DAMP)
+    whole = refine(w, h, start, damp=DAMP, sweeps=2)
+    monkeypatch.setattr("llamero.quantize.refine.ROWS", 4)
+    parts = refine(w, h, start, damp=DAMP, sweeps=2)
+    assert torch.equal(whole.codes, parts.codes)
+    assert torch.equal(whole.scales, parts.scales)
