@@ -123,6 +123,8 @@ class _Tokens:
             raise LlameroError(f"`{KEY}tokens` is empty", where=where)
         known: dict[str, int] = {}
         for id, text in enumerate(self.texts):
+            if not _is_text(text):
+                raise LlameroError(f"token {id} is no UTF-8 text ({text!r})", where=where)
             if text in known:
                 raise LlameroError(f"token {text!r} has the ids {known[text]} and {id}", where=where)
             known[text] = id
@@ -154,6 +156,11 @@ class _Tokens:
             if type in types
         ]
         backend.add_tokens(added)
+
+
+def _is_text(token: str) -> bool:
+    """Return whether a token was UTF-8 in the file: other bytes are read as surrogates."""
+    return token.isascii() or not any("\ud800" <= character <= "\udfff" for character in token)
 
 
 def _spm(metadata: Mapping[str, Any], tokens: _Tokens, where: Path | str) -> FromGguf:

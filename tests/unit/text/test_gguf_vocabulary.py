@@ -183,6 +183,7 @@ def test_a_vocabulary_without_a_space_in_front():
         ({"tokenizer.ggml.token_type": [1]}, r"token_type` has 1 entries"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "'a' has the ids 0 and 1"),
         ({"tokenizer.ggml.tokens": []}, "is empty"),
+        ({"tokenizer.ggml.tokens": ["a", "\udcff"]}, "token 1 is no UTF-8 text"),
         ({"tokenizer.ggml.remove_extra_whitespaces": True}, "removal of extra spaces"),
         ({"tokenizer.ggml.unknown_token_id": 999}, "what is unknown"),
     ],
