@@ -16,6 +16,7 @@ from torch import Tensor
 from llamero.checkpoint.codes import Actorder, GroupCodes
 from llamero.core.errors import LlameroError
 from llamero.model import grid
+from llamero.quantize.factor import inverse_factor
 
 BLOCK = 128
 """Channels whose errors are gathered before the channels beyond them are told."""
@@ -134,7 +135,7 @@ def factorize(h: Float[Tensor, "d d"], *, by_activation: bool, damp: float, wher
     used = damp
     for attempt in range(ESCALATIONS):
         used = damp * 10**attempt
-        u = _inverse_factor(h, order, added=dead * mean + used * mean)
+        u = inverse_factor(h, order, added=dead * mean + used * mean)
         if u is not None:
             return Factor(u, order, dead, used)
     raise LlameroError(
@@ -142,30 +143,6 @@ def factorize(h: Float[Tensor, "d d"], *, by_activation: bool, damp: float, wher
         where=where,
         fix="calibrate on more, or more varied, text",
     )
-
-
-def _inverse_factor(h: Tensor, order: Tensor, *, added: Tensor) -> Tensor | None:
-    """Return upper triangular `u` with `u.T @ u` the inverse of `h` in another order, or `None` where there is none.
-
-    With rows and columns reversed, the inverse of the Cholesky factor is `u`, reversed: one factorization
-    where inverting first would take two. At most two matrices of the size of `h` are held beside it.
-
-    Args:
-        h: Symmetric matrix.
-        order: Of its rows and columns.
-        added: To the diagonal of `h`.
-    """
-    back = order.flip(0)
-    damped = h[back[:, None], back]
-    damped.diagonal().add_(added[back])
-    lower, info = torch.linalg.cholesky_ex(damped)
-    del damped
-    if int(info) != 0:
-        return None
-    inverse = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    return inverse.flip(0, 1) if bool(inverse.isfinite().all()) else None
 
 
 def quantize(

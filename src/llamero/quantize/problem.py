@@ -217,4 +217,4 @@ def _unfactored(by_activation: bool) -> gptq.Factor:
 
 def squared_outputs(w: Tensor, h: Tensor) -> float:
     """Return `tr(w h w.T)`: the squared outputs, summed over the tokens behind `h`."""
-    return float(((w @ h) * w).sum(dtype=torch.float64))
+    return float(((w @ h) * w).sum(1, dtype=torch.float64).sum())  # row by row: whatever the number of threads

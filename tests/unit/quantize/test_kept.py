@@ -137,3 +137,15 @@ def test_a_pass_that_was_cut_off_is_not_taken_for_whole(model, tokens, tmp_path,
 def test_statistics_of_quantized_streams_are_not_kept():
     with pytest.raises(ValueError, match="needs `propagation: shared`"):
         Calibration(keep=True, propagation="exact")
+
+
+def test_variants_are_the_same_bytes_whatever_the_number_of_threads(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "GROUP_TOKENS", 50)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(quantize(model, tokens, tmp_path / f"{threads}", tmp_path / f"kept{threads}"))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
