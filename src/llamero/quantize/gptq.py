@@ -84,7 +84,7 @@ def _couple_set(g: Tensor) -> tuple[Tensor, Tensor]:
     mean = diagonal.mean()
     added = OUTPUT_DAMP * mean if mean > 0 else torch.ones_like(mean)  # nothing is felt: each for itself
     order = diagonal.argsort(descending=True, stable=True)
-    u = _inverse_factor(g.double(), order, added=added.expand(len(g)))
+    u = inverse_factor(g.double(), order, added=added.expand(len(g)))
     if u is None:
         raise ValueError(f"second moments of {len(g)} gradients are not positive semidefinite")
     return u.to(g.dtype), order
