@@ -133,14 +133,14 @@ def unpack(words: Int[Tensor, "rows words"]) -> UInt8[Tensor, "rows columns"]:
 
 _READ = {"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version"}
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "modules_to_not_convert": (None, [], ["lm_head"]),
     "do_fuse": (False, None),
     "modules_to_fuse": (None, {}),
     "exllama_config": (None, {}),
 }
-"""Keys whose other values leave layers as they are, or are for one loader."""
+"""Keys whose other values are for one loader."""
 _HARMLESS = {"backend", "fuse_max_seq_len", "format", "checkpoint_format", "method", "lm_head", "desc_act", "sym",
-    "damp_percent", "pack_dtype", "meta", "model_file_base_name", "dynamic"}  # fmt: skip
+    "damp_percent", "pack_dtype", "meta", "model_file_base_name", "dynamic", "modules_to_not_convert"}  # fmt: skip
+"""Which layers are packed is read from the tensors themselves."""
 
 
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:

@@ -164,6 +164,16 @@ class Format:
         }
 
 
+_OTHER_FORMATS = {
+    "int-quantized": "8-bit weights, mostly with 8-bit activations",
+    "float-quantized": "8-bit floating point",
+    "naive-quantized": "8-bit floating point or integers",
+    "nvfp4-pack-quantized": "4-bit floating point",
+    "mxfp4-pack-quantized": "4-bit floating point",
+    "marlin-24": "half of the weights left out",
+    "dense": "not quantized",
+}
+
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "quant_method": ("compressed-tensors",),
     "format": ("pack-quantized",),
@@ -183,6 +193,13 @@ _MUST_BE_OF_WEIGHTS: dict[str, tuple[Any, ...]] = {
 
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
     """Return the layout that a compressed-tensors `quantization_config` describes, or refuse what is not understood."""
+    kind = keys.get("format")
+    if kind in _OTHER_FORMATS:
+        raise LlameroError(
+            f"compressed-tensors of format `{kind}` ({_OTHER_FORMATS[kind]}) are not read here",
+            where=where,
+            fix="a version of the model in `pack-quantized`, or the model it was made from",
+        )
     _refuse_other(keys, _MUST_BE, where=where)
     groups = keys.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:

@@ -4,7 +4,8 @@ Layout v1 (AutoGPTQ's) stores each zero point minus one, v2 as it is. Frantar et
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +56,8 @@ class Format:
     """Input channels of a group; -1 is all of them."""
     zero_offset: int = 1
     """What is subtracted from stored zero points: 1 in layout v1, 0 in v2."""
+    desc_act: bool = field(default=False, compare=False)
+    """Whether a config says that groups are not side by side, so that no layer may lack its `g_idx`."""
 
     title: ClassVar[str] = "GPTQ"
     marker: ClassVar[str] = "qweight"
@@ -203,4 +206,37 @@ def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
         raise LlameroError(
             f"`group_size: {group_size}` is not a group size", where=where, fix="a number above 0, or -1"
         )
-    return Format(bits, group_size, _OFFSETS[layout])
+    return Format(bits, group_size, _OFFSETS[layout], desc_act=bool(keys.get("desc_act", False)))
+
+
+def with_groups(tensors: hf.Tensors, layout: Format) -> hf.Tensors:
+    """Return the tensors with a `g_idx` for every packed layer; files of early 2023 have none.
+
+    Raises:
+        LlameroError: If one is missing and the config says that groups are not side by side.
+    """
+    without = [
+        name.removesuffix(layout.marker)
+        for name in tensors
+        if name.endswith(f".{layout.marker}") and f"{name.removesuffix(layout.marker)}g_idx" not in tensors
+    ]
+    if not without:
+        return tensors
+    if layout.desc_act:
+        raise LlameroError(
+            f"`{without[0]}g_idx` is missing ({len(without)} are), and `desc_act` says that groups lie in its order",
+            where=tensors.directory,
+            fix="download it again; if groups are side by side, say `desc_act: false`",
+        )
+    made: dict[str, Tensor] = {}
+    for prefix in without:
+        inputs = tensors.specs[f"{prefix}{layout.marker}"].shape[0] * 32 // layout.bits
+        size = inputs if layout.group_size == -1 else layout.group_size
+        made[f"{prefix}g_idx"] = (torch.arange(inputs) // size).to(torch.int32)
+
+    def read(_: Path, name: str) -> Tensor:
+        return made[name] if name in made else tensors[name]
+
+    files = tensors.files | {name: tensors.files[name.removesuffix("g_idx") + layout.marker] for name in made}
+    specs = tensors.specs | {name: hf.Spec(tuple(value.shape), value.dtype) for name, value in made.items()}
+    return replace(tensors, files=files, specs=specs, _read=read, _read_part=None)

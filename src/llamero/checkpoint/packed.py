@@ -23,6 +23,18 @@ PARSERS: dict[str, Callable[..., Format]] = {
 config, a line here, its layer and a line in `LAYERS` of model/linear.py."""
 
 
+_OTHERS = {
+    "exl2": " (ExLlamaV2)",
+    "exl3": " (ExLlamaV3)",
+    "fp8": " (8-bit floating point)",
+    "fbgemm_fp8": " (8-bit floating point)",
+    "marlin": " (GPTQ laid out for one GPU kernel)",
+    "hqq": " (HQQ)",
+    "auto-round": " (a container of other layouts)",
+    "torchao": " (torchao)",
+}
+
+
 def read_format(directory: Path) -> Format | None:
     """Return how the quantized layers of a directory are packed; `None` if it is not quantized.
 
@@ -35,12 +47,18 @@ def read_format(directory: Path) -> Format | None:
     return None if keys is None else parse_format(keys, where=str(where))
 
 
+def open_tensors(directory: Path, layout: Format | None) -> hf.Tensors:
+    """Return the tensors of a directory, with those that older files of its layout leave out."""
+    tensors = hf.open_tensors(directory)
+    return gptq.with_groups(tensors, layout) if isinstance(layout, gptq.Format) else tensors
+
+
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
     """Return the packing that a `quantization_config` describes."""
     method = keys.get("quant_method", keys.get("method"))
     if method not in PARSERS:
         raise LlameroError(
-            f"the model is quantized with `{method}`, which is not read here",
+            f"the model is quantized with `{method}`{_OTHERS.get(str(method), '')}, which is not read here",
             where=where,
             fix=f"give the model it was made from, or a version of it in: {', '.join(PARSERS)}",
         )

@@ -81,7 +81,8 @@ def open_model(directory: Path, *, dtype: torch.dtype | None = None) -> tuple[Ll
         model.tie()
         return model, found.tensors, dtype
     model = empty_model(load_config(directory))
-    layout, tensors = packed.read_format(directory), hf.open_tensors(directory)
+    layout = packed.read_format(directory)
+    tensors = packed.open_tensors(directory, layout)
     if isinstance(layout, bitsandbytes.Format):
         tensors = _as_ours(model, tensors, layout)
     elif layout is not None:

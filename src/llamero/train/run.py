@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llamero.checkpoint import bitsandbytes, packed, peft
-from llamero.checkpoint.hf import Spec, open_tensors, read_json, write_tensors
+from llamero.checkpoint.hf import Spec, read_json, write_tensors
 from llamero.core import files
 from llamero.core.errors import LlameroError
 from llamero.corpus.dataset import Dataset
@@ -335,7 +335,7 @@ def _stored(start: Path, size: int, *, known: int, new_rows: NewRows, stage: Sta
             where=where,
             fix="start from the model that they were made of, with `base: nf4-double` in its `adapter`",
         )
-    tensors, config = open_tensors(start), load_config(start)
+    tensors, config = packed.open_tensors(start, layout), load_config(start)
 
     def empty(rows: int) -> Llama:
         model = empty_model(replace(config, vocab_size=rows))
