@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llamero.checkpoint import gptq
 from llamero.checkpoint.codes import GroupCodes
-from llamero.model.linear import GroupLinear, make_ready
+from llamero.model.linear import GroupLinear, PackedLinear, make_ready
 
 SHAPES = {
     "q_proj": (2048, 2048),
@@ -113,6 +113,7 @@ def report(
 
     def through(way: Way) -> None:
         for layer in way.layers:
+            assert isinstance(layer, nn.Linear | PackedLinear)
             layer(inputs[layer.in_features])
 
     for _ in range(asked.repeat):

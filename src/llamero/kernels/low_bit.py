@@ -1,12 +1,15 @@
 """Products with weights that rest as low-bit codes, on the CPU, without the whole weight ever being there.
 
-`plain` is the oracle: dequantize, multiply. Two forms of the same codes are faster:
+`plain` is the oracle: dequantize, multiply. Three forms of the same codes are faster:
 
 - `Rows` for codes of any width and inputs of any dtype: torch's unpacking kernels make the weights of a few outputs,
   which stay in the cache until they are multiplied. They are those of the codes to the last bit.
 - `Tiles` for 4-bit codes and bfloat16 inputs: torch's int4 product for up to `FEW` rows. It takes scales in bfloat16,
   so its weights are off by up to 2^-8 of themselves and 2^-9 of their zero point, about what rounding each weight
   to bfloat16 costs. More rows go by the exact weights, rounded once.
+- `Bytes` for 8-bit codes with one scale for all of an output and zero in the middle, and bfloat16 inputs: torch's int8
+  product for up to `FEW_BYTES` rows, with scales rounded to bfloat16 (2^-9 of an output). More rows are multiplied with
+  the codes, which bfloat16 holds exactly, and the outputs scaled.
 """
 
 from functools import cache
@@ -22,6 +25,9 @@ CHUNK_WEIGHTS = 1 << 19
 
 FEW = 32
 """Rows up to which the int4 product beats making the weights."""
+
+FEW_BYTES = 8
+"""Rows up to which the int8 product beats multiplying with the codes."""
 
 SUMS = {torch.bfloat16, torch.float16, torch.float32}
 """Dtypes of inputs; float64 is for oracles and goes the plain way."""
@@ -124,6 +130,8 @@ def prepare(coded: Coded, dtype: torch.dtype) -> Form | str:
         return f"inputs are {dtype}"
     if dtype == torch.bfloat16 and not Tiles.refuses(coded):
         return Tiles(coded, order)
+    if dtype == torch.bfloat16 and not Bytes.refuses(coded):
+        return Bytes(coded)
     return Rows.refuses(coded) or Rows(coded, order)
 
 
@@ -350,3 +358,64 @@ class Tiles(Form):
         groups = weight.view(len(self.scales), -1, stop - start)
         groups.sub_(self.zeros[:, None, start:stop]).mul_(self.scales[:, None, start:stop].float())
         return groups.view(self.in_features, stop - start)
+
+
+# -- bytes: torch's int8 product
+
+
+@cache
+def _multiplies_bytes() -> bool:
+    """Return whether this torch has the int8 product on the CPU and it does what we take it to do."""
+    values = torch.arange(-8, 8, dtype=torch.int8).repeat(4, 4)[:, :32]  # (4, 32)
+    x, scales = torch.ones(2, 32, dtype=torch.bfloat16), torch.tensor([0.5, 1, 2, 4], dtype=torch.bfloat16)
+    try:
+        found = torch.ops.aten._weight_int8pack_mm(x, values.contiguous(), scales)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(found, (x @ values.to(x.dtype).T) * scales)
+
+
+class Bytes(Form):
+    """8-bit codes as int8, with one scale for each output.
+
+    Args:
+        coded: The weight.
+    """
+
+    title = "int8 product"
+
+    def __init__(self, coded: Coded) -> None:
+        super().__init__(None)
+        self.out_features, self.in_features = coded.codes.shape
+        self.values: Tensor
+        self.register_buffer("values", (coded.codes.to(torch.int16) - 128).to(torch.int8))
+        self.scales: Tensor
+        self.register_buffer("scales", coded.scales[:, 0].contiguous())
+        self.rounded: Tensor
+        self.register_buffer("rounded", self.scales.to(torch.bfloat16))
+
+    @staticmethod
+    def refuses(coded: Coded) -> str:
+        """Return why a weight has no such form, or nothing."""
+        if coded.bits != 8 or coded.scales.shape[1] != 1:
+            return f"{coded.bits}-bit codes in {coded.scales.shape[1]} groups"
+        if not bool((coded.zeros == 128).all()):
+            return "zero points"
+        return "" if _multiplies_bytes() else "this torch has no int8 product"
+
+    def product(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows out"]:
+        """Return the product."""
+        if x.dtype != torch.bfloat16:
+            return F.linear(x, self.ordered_weight(x.dtype))
+        if len(x) <= FEW_BYTES:
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.values, self.rounded)
+        y = x.new_empty(len(x), self.out_features)
+        step = max(1, CHUNK_WEIGHTS // self.in_features)
+        for start in range(0, self.out_features, step):
+            some = slice(start, start + step)
+            torch.mm(x, self.values[some].to(x.dtype).T, out=y[:, some])
+        return y.mul_(self.scales)
+
+    def ordered_weight(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
+        """Return the weight."""
+        return (self.values.float() * self.scales.float()[:, None]).to(dtype)

@@ -244,6 +244,7 @@ class Int8Linear(PackedLinear):
     """
 
     names = ("values", "scale")
+    scale: Tensor
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias)

@@ -124,7 +124,8 @@ class VariantWriter:
         for name, parameter in block.named_parameters():
             owner = name.removesuffix(".weight")
             if owner in solution.codes:
-                for leaf, tensor in self._variant.format.encode(solution.codes[owner]).items():
+                codes: Any = solution.codes[owner]  # of the kind that the layout stores
+                for leaf, tensor in self._variant.format.encode(codes).items():
                     self._shards.add(f"{prefix}{owner}.{leaf}", tensor)
             else:
                 self.add(prefix + name, solution.changed.get(name, parameter))

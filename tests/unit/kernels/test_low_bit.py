@@ -105,6 +105,29 @@ def test_the_int4_product_keeps_the_stated_tolerance(rows, sym, shuffled):
     assert bool((difference > 0).any())  # it is another sum than the exact one
 
 
+bytes_ = pytest.mark.skipif(not low_bit._multiplies_bytes(), reason="this torch has no int8 product")
+
+
+@bytes_
+@pytest.mark.parametrize("rows", [1, low_bit.FEW_BYTES, low_bit.FEW_BYTES + 1, 70])
+@pytest.mark.parametrize("scales", [torch.float16, torch.float32])
+def test_the_int8_product_keeps_the_stated_tolerance(rows, scales, monkeypatch):
+    monkeypatch.setattr(low_bit, "CHUNK_WEIGHTS", INPUTS * 50)
+    weight, x = coded(8, INPUTS, dtype=scales), inputs(rows, torch.bfloat16)
+    form = low_bit.prepare(weight, torch.bfloat16)
+    assert isinstance(form, low_bit.Bytes)
+    assert torch.equal(form.weight(torch.float32), weight.dequantize())
+    expected = x.double() @ weight.dequantize(torch.float64).T
+    assert bool(((form(x).double() - expected).abs() <= expected.abs() * 2**-7 + 1e-5).all())
+    wide = inputs(3, torch.float32)
+    torch.testing.assert_close(form(wide), low_bit.plain(wide, weight))
+
+
+def test_bytes_with_zero_points_or_groups_are_made_in_rows():
+    for weight in (coded(8, INPUTS, sym=False), coded(8, 64)):
+        assert isinstance(low_bit.prepare(weight, torch.bfloat16), low_bit.Rows)
+
+
 @pytest.mark.parametrize(
     ("change", "dtype", "says"),
     [
