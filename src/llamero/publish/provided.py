@@ -45,9 +45,12 @@ def provided_files(
 def _how(variant: Variant) -> list[str]:
     """Return bits, group size, order, damping, calibration text and sequence length."""
     group = "row" if variant.group_size == -1 else str(variant.group_size)
+    if variant.layout == "gguf":
+        group = NOTHING  # each type has groups of its own
     if variant.method == "rtn":
         return [str(variant.bits), group, NOTHING, NOTHING, "none: rounded to nearest", NOTHING]
     damp = NOTHING if variant.damp is None else f"{variant.damp:g}"
     calibration = f"{variant.calibration['source']}, {variant.tokens:,} tokens"
     sequence = str(variant.calibration["sequence"])
-    return [str(variant.bits), group, _ORDERS[variant.actorder], damp, calibration, sequence]
+    order = _ORDERS[variant.actorder] if variant.method == "gptq" else NOTHING
+    return [str(variant.bits), group, order, damp, calibration, sequence]

@@ -83,6 +83,8 @@ LAYOUTS = (
     "awq-4bit-32g",
     "awq-4bit-32g-ct",
     "rtn-8bit-64g",
+    "int8",
+    "nf4",
 )
 
 
