@@ -197,6 +197,9 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     out.print(f"{passed}, in {reports[0].compute}")
     measured.say(reports, texts, outcome)
     _say_escalated(reports)
+    for report in reports:
+        for note in report.notes:
+            out.print(f"note: {report.variant.name}: {note}", highlight=False, markup=False, soft_wrap=True)
     say_left_out(left)
     out.print(f"written to {out_dir}", soft_wrap=True)
     if not all(verdict.published for verdict in outcome.verdicts.values()):
@@ -230,6 +233,7 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     import_uninterrupted("llamero.quantize.sizes")
     from llamero.model.load import DTYPES, empty_model
     from llamero.quantize.choose import choose
+    from llamero.quantize.kept import bytes_of
     from llamero.quantize.sizes import size as foretell
 
     shape, config, known_from, source = _shape(model, keys)
@@ -251,6 +255,8 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     out.print("published: one file, GPTQ's with a bias of zeros for each linear layer; ours have none", soft_wrap=True)
     if any(found.without_tokenizer for found in sizes):
         out.print("GGUF files hold the tokenizer too, which is not counted: it is not at hand", soft_wrap=True)
+    whole, kept = sum(found.ours for found in sizes), bytes_of(shape)
+    out.print(f"all of ours: {size(whole)}; statistics on disk with --keep: about {size(kept)}", highlight=False)
     _say_why([found.variant for found in sizes])
     say_left_out(left)
 
