@@ -15,6 +15,7 @@ from llamero.checkpoint.loaders import VLLM, accepting, looked_at, remarks
 from llamero.core.errors import LlameroError
 from llamero.publish import markdown
 from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
+from llamero.publish.picture import Point
 from llamero.publish.provided import provided_files
 from llamero.publish.release import BASE, SCRATCH
 from llamero.publish.training import ancestry_table, mixtures, packing_notes, stage_table, training_notes
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from llamero.publish.release import ReleaseInputs, Variant
 
 HUB = "https://huggingface.co"
+
+PICTURE = "kl-against-size.png"
+"""Beside the card of the quantized files."""
 
 _BESIDE_FILES = {PERPLEXITY, AGREEMENT}
 """Tasks that stand in the table of quantized files."""
@@ -230,8 +234,23 @@ class Cards:
             looked_at=looked_at(),
             remarks=remarks(variants),
             variants_count=len(variants),
+            picture=PICTURE if self.points else None,
             for_vllm=next((variant for variant in variants if VLLM in accepting(variant)), None),
         )
+
+    @property
+    def points(self) -> dict[str, list[Point]]:
+        """Return size and KL of every variant, those that are not published as well, by the text it was measured on."""
+        found: dict[str, list[Point]] = {}
+        for part in series(self.inputs.results):
+            if part.task == AGREEMENT:
+                sizes = {variant.name: variant.size_bytes for variant in self.inputs.quantized}
+                made = [Point(n, sizes[n], r.metrics["kl"], True) for n, r in part.results.items() if n in sizes]
+                found.setdefault(_titled(part.text or "", part.number), []).extend(made)
+        for variant in self.inputs.gate.withheld if self.inputs.gate else ():
+            for text, kl in variant.kl.items():
+                found.setdefault(text, []).append(Point(variant.name, variant.size_bytes, kl, False))
+        return {text: points for text, points in found.items() if points}
 
     def _data(self, **own: Any) -> ModelCardData:
         config = self.config
@@ -300,6 +319,10 @@ class Cards:
 
 def _of(measured: Sequence[Series], models: Sequence[str], *, tasks: set[str]) -> list[Series]:
     return [part for part in measured if part.task in tasks and any(model in part.results for model in models)]
+
+
+def _titled(text: str, number: int | None) -> str:
+    return text if number is None else f"{text} ({number})"
 
 
 def _yaml(value: Any) -> str:

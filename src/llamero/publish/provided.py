@@ -32,13 +32,17 @@ def provided_files(
         original: Label, name in results, dtype and size in bytes of the unquantized model.
     """
     columns = [(title, metric, part) for part in measured for title, metric in part.columns]
-    header = ["Branch", "Bits", "GS", "Act Order", "Damp %", "Calibration", "Seq Len", "Size"]
+    header = ["Branch", "Bits", "GS", "Act Order", "Damp %", "Calibration", "Seq Len", "Size", "BPW"]
     label, name, dtype, num_bytes = original
     rows = [
-        [link(v), *_how(v), size(v.size_bytes), *(p.cell(v.name, m) for _, m, p in columns), ", ".join(accepting(v))]
+        [
+            *(link(v), *_how(v), size(v.size_bytes), f"{v.bits_per_weight:.2f}"),
+            *(p.cell(v.name, m) for _, m, p in columns),
+            ", ".join(accepting(v)),
+        ]
         for v in variants
     ]
-    first = [label, dtype, *[NOTHING] * 5, size(num_bytes), *(p.cell(name, m) for _, m, p in columns), NOTHING]
+    first = [label, dtype, *[NOTHING] * 5, size(num_bytes), NOTHING, *(p.cell(name, m) for _, m, p in columns), NOTHING]
     return table([*header, *(title for title, _, _ in columns), "Loads in"], [first, *rows])
 
 

@@ -39,6 +39,8 @@ class Variant:
     sym: bool
     damp: float | None
     size_bytes: int
+    bits_per_weight: float
+    """Of the quantized layers, scales included."""
     tokens: int
     """Calibration tokens that were used."""
     calibration: Mapping[str, Any]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from llamero.core import files
 from llamero.engine.curves import loss_curve
-from llamero.publish.card import Cards, read_prompt, read_shape
+from llamero.publish.card import PICTURE, Cards, read_prompt, read_shape
+from llamero.publish.picture import kl_against_size
 from llamero.publish.place import CHECKSUMS, place_model, write_checksums
 from llamero.publish.release import ReleaseInputs
 
@@ -49,6 +50,9 @@ def run(config: PublishConfig, inputs: ReleaseInputs, out: Path) -> dict[str, An
     if inputs.variants:
         for artifact, variant in zip(inputs.variants, inputs.quantized, strict=True):
             place_model(artifact.path, out / cards.quantized_name / variant.name, sampling=config.sampling)
+        if cards.points:
+            limit, picture = inputs.gate.max_kl if inputs.gate else None, out / cards.quantized_name / PICTURE
+            kl_against_size(cards.points, picture, f"{cards.quantized_name}: KL against size", max_kl=limit)
         files.write_atomically(out / cards.quantized_name / CARD, cards.quantized())
 
     found = write_checksums(out, names)

@@ -130,6 +130,7 @@ def inputs(make) -> ReleaseInputs:
             **how,
             "sym": True,
             "size_bytes": 35_330_000_000,
+            "bits_per_weight": 4.25,
         }
         summary |= {"damp": None if rtn else 0.01}
         summary |= {"calibration": {"source": "talk", "sequence": 512}, "tokens": 65_536}

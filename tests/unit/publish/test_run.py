@@ -14,6 +14,7 @@ from llamero.core.errors import LlameroError
 from llamero.publish import place
 from llamero.publish.card import Cards, read_prompt, read_shape
 from llamero.publish.config import PublishConfig, Sampling
+from llamero.publish.release import Gate, Withheld
 from llamero.publish.run import run
 
 VARIANT = "gptq-4bit-128g-actorder_True"
@@ -165,16 +166,16 @@ def test_variants_are_told_as_they_were_made_and_measured(quantized_card):
     link = "https://huggingface.co/someone/tiny-GPTQ/tree"
     assert row(quantized_card, f"[{VARIANT}]") == [
         f"[{VARIANT}]({link}/{VARIANT})", "4", "128", "Yes", "0.01", "talk, 65,536 tokens", "512", "35.33 GB",
-        "10.877", "0.0123", "95.10", "llamero, Transformers, ExLlamaV2, TGI",
+        "4.25", "10.877", "0.0123", "95.10", "llamero, Transformers, ExLlamaV2, TGI",
     ]  # fmt: skip
     assert row(quantized_card, "[gptq-3bit")[1:4] == ["3", "row", "Yes"]
     assert row(quantized_card, "[gptq-4bit-32g")[3] == "Static"
-    assert row(quantized_card, "unquantized")[7:] == ["0.01 MB", "9.877", "–", "–", "–"]
+    assert row(quantized_card, "unquantized")[7:] == ["0.01 MB", "–", "9.877", "–", "–", "–"]
 
 
 def test_rounding_has_no_calibration_and_what_was_not_measured_is_not_there(quantized_card):
     assert row(quantized_card, "[rtn-4bit-32g]")[1:] == [
-        "4", "32", "–", "–", "none: rounded to nearest", "–", "35.33 GB", "–", "–", "–",
+        "4", "32", "–", "–", "none: rounded to nearest", "–", "35.33 GB", "4.25", "–", "–", "–",
         "llamero, vLLM, Transformers, ExLlamaV2, TGI",
     ]  # fmt: skip
 
@@ -182,7 +183,7 @@ def test_rounding_has_no_calibration_and_what_was_not_measured_is_not_there(quan
 def test_what_did_not_go_as_asked_for_is_said(quantized_card):
     assert (
         "\n- **gptq-3bit--1g-actorder_True**: 1 layer needed more damping, up to 0.04; "
-        "2 input channels of 1 layer had only zeros as calibration input\n\nHow these were measured"
+        "2 input channels of 1 layer had only zeros as calibration input\n\n![KL against size]"
     ) in quantized_card
     assert f"- **{VARIANT}**" not in quantized_card
 
@@ -192,8 +193,28 @@ def test_nothing_unmeasured_appears(inputs, config):
     model, quantized = made.model(), made.quantized()
     for word in ("Evaluation", "Perplexity", "Toy world", "KL", "agreement", "± ", "model-index", "measured:"):
         assert word not in model + quantized
-    assert "| Size | Loads in |" in quantized
+    assert "| Size | BPW | Loads in |" in quantized
+    assert "was not measured before they were published" in quantized
     assert ModelCard(model).data.to_dict()["model_name"] == "tiny"
+
+
+def test_what_is_held_back_is_said_and_drawn(inputs, config, tmp_path):
+    gate = Gate(
+        0.5,
+        (Withheld("gptq-2bit-128g", 20_000_000, "KL 2.1 on wiki, more than 0.5", {"wiki": 2.1}),),
+        {VARIANT: "KL 3"},
+    )
+    run(config, replace(inputs, gate=gate), tmp_path)
+    quantized = (tmp_path / "tiny-GPTQ/README.md").read_text()
+    assert "- **gptq-2bit-128g** (20.00 MB): KL 2.1 on wiki, more than 0.5\n" in quantized
+    assert f"published all the same:\n\n- **{VARIANT}**: KL 3\n" in quantized
+    assert (tmp_path / "tiny-GPTQ/kl-against-size.png").stat().st_size > 5000
+    points = cards(config, replace(inputs, gate=gate)).points["wiki"]
+    assert [(point.name, point.published) for point in points][-1] == ("gptq-2bit-128g", False)
+    assert len(points) == 4
+    nothing = [result for result in inputs.results if result.model in ("pretrain", "chat")]
+    alone = replace(inputs, gate=gate, variants=[], results=nothing)
+    assert "- **gptq-2bit-128g** (20.00 MB)" in cards(config, alone).model()
 
 
 def test_a_release_without_variants_has_one_repository(inputs, config, tmp_path):
