@@ -164,6 +164,7 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     import_uninterrupted("llamero.quantize.run")
     from llamero.model.load import load_config
     from llamero.quantize.choose import choose
+    from llamero.quantize.needs import needs
     from llamero.quantize.run import run as make
     from llamero.quantize.sequences import draw
     from llamero.text.tokenizer import load_tokenizer
@@ -181,6 +182,10 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
         tokenizer = load_tokenizer(directory)
         drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
         texts = measured.read_texts(config, tokenizer, directory, drawn)
+        about = needs(load_config(directory), [len(ids) for ids in drawn.sequences])
+        disk = about.file + (about.kept if config.calibration.keep else 0)
+        said = f"about {size(about.memory)} of memory" + (f", {size(disk)} of disk beside the variants" if disk else "")
+        out.print(f"calibration takes {said}")
         reports = make(
             config,
             model=directory,
