@@ -46,13 +46,14 @@ def weights(config: LlamaConfig, form: str, *, sym: bool = True) -> int:
     with torch.device("meta"):
         model = Llama(replace(config, num_layers=1))  # every layer is like the first
     (block,) = model.model.layers
-    packed, size = variant and variant.format, PLAIN.get(form, torch.float16).itemsize
+    size = PLAIN.get(form, torch.float16).itemsize
     ends = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in block.parameters())
     of_block = 0
     for name, module in block.named_modules():
-        if packed is not None and isinstance(module, nn.Linear):
-            _refuse_odd_groups(name, module.in_features, packed.group_size)
-            of_block += sum(spec.nbytes for spec in packed.specs(module.in_features, module.out_features).values())
+        if variant is not None and isinstance(module, nn.Linear):
+            _refuse_odd_groups(name, module.in_features, variant.group_size)
+            parts = variant.format.specs(module.in_features, module.out_features)
+            of_block += sum(spec.nbytes for spec in parts.values())
         else:
             of_block += size * sum(p.numel() for p in module.parameters(recurse=False))
     return size * ends + config.num_layers * of_block

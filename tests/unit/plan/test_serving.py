@@ -79,6 +79,14 @@ def test_gguf_files_weigh_each_tensor_in_its_own_type():
     assert 41.4e9 < weights(LLAMA_70B, "gguf-Q4_K_M") < 41.5e9  # the file that everybody publishes has 41.42 GB
 
 
+def test_int8_weighs_a_byte_a_weight_and_a_scale_a_row():
+    plain = 2 * (2 * 32_000 * 8192 + 80 * 2 * 8192 + 8192)  # embedding, head, norms
+    rows = 2 * 8192 + 2 * 1024 + 2 * 28_672 + 8192
+    codes = 8192 * 8192 * 2 + 8192 * 1024 * 2 + 3 * 8192 * 28_672
+    assert weights(LLAMA_70B, "int8") == plain + 80 * (codes + 4 * rows + 7)
+    assert weights(LLAMA_70B, "nf4") < weights(LLAMA_70B, "gptq-4bit-64g-actorder_static")
+
+
 def test_compressed_tensors_weigh_codes_scales_and_where_zero_is_not_in_the_middle_zeros():
     layer = 8192 * 8192 * 2 + 8192 * 1024 * 2 + 3 * 8192 * 28672  # weights of a layer, in seven matrices
     plain = 2 * (2 * 32_000 * 8192 + 80 * 2 * 8192 + 8192)  # embedding, head, norms
