@@ -165,7 +165,8 @@ def run(
             writer = write(out(variant), meta, variant, source=model, dtype=dtype, shard_bytes=shard_bytes)
             works.append(_Work(variant, writer))
             stack.callback(works[-1].writer.abandon)
-        felt = _sensitivity(stack, works, config, model=model, shape=shape, tokens=tokens, device=device)
+        place = works[0].writer.directory.parent
+        felt = _sensitivity(stack, config, model=model, tokens=tokens, place=place, keep_in=keep_in, device=device)
         outside = [name for name in stored if not name.startswith("model.layers.")]
         _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
         planned = {stream.name: stream for stream in streams.plan(config, variants, widths(meta))}
@@ -210,19 +211,27 @@ def _copy(
 
 def _sensitivity(
     stack: ExitStack,
-    works: list[_Work],
     config: QuantizeConfig,
     *,
     model: Path,
-    shape: LlamaConfig,
     tokens: Sequence[Tensor],
+    place: Path,
+    keep_in: Path | None,
     device: str | torch.device,
 ) -> Sensitivity | None:
-    """Measure how the loss feels outputs, if a method asks for it; what waits on disk goes with the stack."""
-    if config.sensitivity == 0 or all(work.variant.method not in DAMPED for work in works):
+    """Measure how the loss feels outputs, if a method asks for it; where it is not kept it goes with the stack."""
+    if config.sensitivity == 0 or all(variant.method not in DAMPED for variant in config.parsed()):
         return None
-    felt = stack.enter_context(Sensitivity(works[0].writer.directory.parent))
-    sensitivity.measure(model, shape, sensitivity.some(tokens, config.sensitivity), into=felt, device=device)
+    some = sensitivity.some(tokens, config.sensitivity)
+
+    def make(felt: Sensitivity) -> None:
+        sensitivity.measure(model, load_config(model), some, into=felt, device=device)
+
+    if config.calibration.keep and keep_in is not None:
+        statistics = kept.identity(model, tokens, dtype=DTYPES[config.calibration.arithmetic], root=keep_in)
+        return sensitivity.kept(keep_in, sensitivity.identity(statistics, some), make)
+    felt = stack.enter_context(sensitivity.passing(place))
+    make(felt)
     return felt
 
 

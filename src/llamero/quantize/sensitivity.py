@@ -5,10 +5,12 @@ moment of the gradients of the log-likelihood of tokens drawn from those predict
 """
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamero.checkpoint import hf
-from llamero.core import progress
+from llamero.core import artifact, files, progress
+from llamero.core.artifact import Identity
 from llamero.core.errors import LlameroError
 from llamero.model.attention import Documents
 from llamero.model.config import LlamaConfig
@@ -29,6 +32,9 @@ from llamero.quantize.problem import finite_weight
 
 COUPLED = 2048
 """Neighbouring outputs of which it is told how their errors add up; those further apart count for themselves."""
+
+VERSION = 1
+"""Raised when the same model and tokens give other measurements."""
 
 CHUNK = 512
 """Tokens whose logits are in memory at a time."""
@@ -47,25 +53,11 @@ def some(tokens: Sequence[Tensor], wanted: int) -> list[Tensor]:
     return [tokens[i * len(tokens) // count] for i in range(count)]
 
 
+@dataclass(frozen=True)
 class Sensitivity:
-    """What the loss feels of each decoder layer, in files of a directory that goes when this is closed."""
+    """What the loss feels of each decoder layer, in the files of a directory."""
 
-    def __init__(self, place: Path) -> None:
-        """Begin without any layer.
-
-        Args:
-            place: Where the directory is made.
-        """
-        self._directory = TemporaryDirectory(prefix="sensitivity-", dir=place)
-        self.path = Path(self._directory.name)
-
-    def __enter__(self) -> "Sensitivity":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._directory.cleanup()
+    path: Path
 
     def of(self, number: int) -> dict[str, Float[Tensor, "sets size size"]]:
         """Return the second moments of the gradients by the outputs of a decoder layer, by the keys of `INPUTS`.
@@ -77,6 +69,57 @@ class Sensitivity:
     def put(self, number: int, moments: dict[str, Tensor]) -> None:
         """Remember a decoder layer's."""
         save_file(moments, self.path / f"{number}.safetensors")
+
+
+@contextmanager
+def passing(place: Path) -> Iterator[Sensitivity]:
+    """Give a directory that goes at the end.
+
+    Args:
+        place: Where it is made.
+    """
+    with TemporaryDirectory(prefix="sensitivity-", dir=place) as directory:
+        yield Sensitivity(Path(directory))
+
+
+def identity(statistics: Identity, tokens: Sequence[Tensor]) -> Identity:
+    """Return what decides what is measured.
+
+    Args:
+        statistics: Of all calibration tokens of the same model.
+        tokens: Those that are measured on, of these.
+    """
+    how = {"sequences": len(tokens), "coupled": COUPLED}
+    return Identity("sensitivity", "sensitivity", how, statistics.parents, VERSION)
+
+
+def kept(root: Path, who: Identity, make: Callable[[Sensitivity], None]) -> Sensitivity:
+    """Return what an earlier run has measured, or measure and keep it.
+
+    Args:
+        root: Where it is kept.
+        who: What decides it.
+        make: Measures it.
+
+    Raises:
+        LlameroError: What is kept is damaged.
+    """
+    found = artifact.find(root, who)
+    if found is None:
+        shutil.rmtree(artifact.partial(root, who), ignore_errors=True)  # of a run that was cut off
+        with artifact.build(root, who) as build:
+            make(Sensitivity(build.path))
+            build.summary = {"sha256": {path.name: files.sha256(path) for path in build.path.glob("*.safetensors")}}
+        found = artifact.find(root, who)
+        assert found is not None
+        return Sensitivity(found.path)
+    for name, digest in found.summary["sha256"].items():
+        path = found.path / name
+        if not path.exists() or files.sha256(path) != digest:
+            raise LlameroError(
+                "what an earlier run measured of the loss is damaged", where=path, fix=f"remove {found.path}"
+            )
+    return Sensitivity(found.path)
 
 
 def measure(
@@ -125,6 +168,7 @@ def measure(
         into.put(number, _back(block, inputs, gradients, config, where=f"model.layers.{number}"))
         del inputs, block
         file.unlink()
+    waiting.rmdir()
 
 
 def _refuse_broken(block: Block, activations: Sequence[Tensor], number: int) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamero.core.artifact import Identity
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
@@ -9,7 +10,7 @@ from llamero.model.load import save_model
 from llamero.model.rope import Default
 from llamero.quantize import sensitivity
 from llamero.quantize.calibrate import INPUTS
-from llamero.quantize.sensitivity import Sensitivity, measure, set_size, some
+from llamero.quantize.sensitivity import Sensitivity, identity, kept, measure, passing, set_size, some
 
 TOKENS = [torch.arange(9) % 48, (7 * torch.arange(14)) % 48]
 
@@ -70,7 +71,7 @@ def by_autograd(model):
 @pytest.mark.parametrize("tied", [False, True])
 def test_moments_are_those_of_a_backward_pass_through_the_whole_model(tmp_path, tied):
     model = make_model(tmp_path / "model", tied=tied)
-    with Sensitivity(tmp_path) as felt:
+    with passing(tmp_path) as felt:
         measure(tmp_path / "model", model.config, TOKENS, into=felt)
         for (number, source), expected in by_autograd(model).items():
             (found,) = felt.of(number)[source]
@@ -82,7 +83,7 @@ def test_moments_are_those_of_a_backward_pass_through_the_whole_model(tmp_path, 
 def test_many_outputs_are_coupled_with_their_neighbours_only(tmp_path, monkeypatch):
     model = make_model(tmp_path / "model")
     monkeypatch.setattr(sensitivity, "COUPLED", 20)
-    with Sensitivity(tmp_path) as felt:
+    with passing(tmp_path) as felt:
         measure(tmp_path / "model", model.config, TOKENS, into=felt)
         whole = by_autograd(model)[1, "mlp.gate_proj"]  # (48, 48)
         parts = felt.of(1)["mlp.gate_proj"]
@@ -113,6 +114,26 @@ def test_a_broken_model_is_refused_by_the_layer_where_it_breaks(tmp_path, name, 
     model.get_parameter(name).data[0, 0] = float("inf")
     (tmp_path / "broken").mkdir()
     save_model(model, tmp_path / "broken")
-    with Sensitivity(tmp_path) as felt, pytest.raises(LlameroError, match=problem) as caught:
+    with passing(tmp_path) as felt, pytest.raises(LlameroError, match=problem) as caught:
         measure(tmp_path / "broken", model.config, TOKENS, into=felt)
     assert caught.value.where == where
+
+
+def test_what_was_measured_is_kept_and_damage_is_refused(tmp_path):
+    model = make_model(tmp_path / "model")
+    statistics = Identity("calibration", "calibration", {}, {"model": "m", "tokens": "t"})
+    who, made = identity(statistics, TOKENS), []
+
+    def make(felt):
+        made.append(felt)
+        measure(tmp_path / "model", model.config, TOKENS, into=felt)
+
+    first, second = (kept(tmp_path / "kept", who, make) for _ in range(2))
+    assert len(made) == 1
+    assert first == second == Sensitivity(who.path(tmp_path / "kept"))
+    assert first.of(1)["mlp.down_proj"].shape == (1, 16, 16)
+    assert identity(statistics, TOKENS[:1]).digest != who.digest
+    (first.path / "1.safetensors").write_bytes(b"")
+    with pytest.raises(LlameroError, match="is damaged") as caught:
+        kept(tmp_path / "kept", who, make)
+    assert caught.value.where == first.path / "1.safetensors"
