@@ -1,7 +1,7 @@
 """Every method: a decoder layer in, its codes for each variant out."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llamero.checkpoint.codes import GroupCodes
 from llamero.model import rtn
@@ -13,11 +13,12 @@ from llamero.quantize.variants import Variant
 HELD = 2**31
 """Codes, of a byte each, that GPTQ holds at a time: variants of a large layer are solved a few at a time."""
 
-SHRINKS = tuple(step / 20 for step in range(12, 20))
-"""Sizes of grids that GPTQ tries beside the whole span of a group's weights."""
+SHRINKS = dict.fromkeys((3, 4, 5, 6), tuple(step / 20 for step in range(12, 20)))
+"""Sizes of grids that GPTQ tries beside the whole span of a group's weights, by the width of codes. At 8 bits nothing
+is left to gain. At 2 bits weights that absorb errors need room, and much smaller grids do harm."""
 
-SEARCHED = (3, 4, 5, 6)
-"""Widths for which it does. At 2 bits weights that absorb errors need all the room there is, at 8 nothing is left."""
+COUPLED_SHRINKS = SHRINKS | {2: (0.75, 0.85, 0.95, 1.1)}
+"""Where outputs answer to one another."""
 
 REFINED = {3: 2}
 """Sweeps of `refine` for codes of some widths, where nothing else is asked for."""
@@ -51,8 +52,10 @@ def _gptq_together(layer: LayerProblems, variants: Sequence[Variant]) -> list[So
             if not mine:
                 continue
             started = time.perf_counter()
+            shrinks = SHRINKS if problem.outputs_felt is None else COUPLED_SHRINKS
+            asked = [_grids(variants[i], shrinks) for i in mine]
             factor = problem.factor(by_activation)
-            found = gptq.solve(problem.weight, factor, [_grids(variants[i]) for i in mine], problem.outputs_felt)
+            found = gptq.solve(problem.weight, factor, asked, problem.outputs_felt)
             shared = (time.perf_counter() - started) / len(mine)
             for i, codes in zip(mine, found, strict=True):
                 started = time.perf_counter()
@@ -63,9 +66,9 @@ def _gptq_together(layer: LayerProblems, variants: Sequence[Variant]) -> list[So
     return solutions
 
 
-def _grids(variant: Variant) -> gptq.Grids:
-    shrinks = SHRINKS if variant.bits in SEARCHED else ()
-    return gptq.Grids(variant.bits, variant.group_size, variant.sym, variant.actorder == "static", shrinks)
+def _grids(variant: Variant, shrinks: Mapping[int, tuple[float, ...]]) -> gptq.Grids:
+    static = variant.actorder == "static"
+    return gptq.Grids(variant.bits, variant.group_size, variant.sym, static, shrinks.get(variant.bits, ()))
 
 
 def _take(

@@ -136,4 +136,4 @@ def test_what_was_measured_is_kept_and_damage_is_refused(tmp_path):
     (first.path / "1.safetensors").write_bytes(b"")
     with pytest.raises(LlameroError, match="is damaged") as caught:
         kept(tmp_path / "kept", who, make)
-    assert caught.value.where == first.path / "1.safetensors"
+    assert caught.value.where == str(first.path / "1.safetensors")
