@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llamero.core import gguf
 from llamero.core.errors import LlameroError
 from llamero.evaluate.config import PerplexityTask
 from llamero.parallel.layout import refuse_impossible
@@ -50,6 +51,13 @@ def refuse_what_does_not_fit(recipe: Recipe, directory: Path | None) -> None:
         recipe: The recipe.
         directory: Of the base; `None` if it does not exist yet.
     """
+    in_gguf = None if directory is None else gguf.find(directory)
+    if in_gguf is not None and (recipe.train or recipe.quantize is not None):
+        raise LlameroError(
+            f"the base is a model in GGUF ({in_gguf.name}); training and quantizing need a Hugging Face directory",
+            where="base",
+            fix=f"llamero convert {in_gguf} DIRECTORY --to hf",
+        )
     base = _from_shape(recipe.base) if isinstance(recipe.base, ScratchConfig) else _from_directory(directory)
     if base is not None:
         _refuse_long(recipe, base)

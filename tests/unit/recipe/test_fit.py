@@ -113,6 +113,13 @@ def test_a_base_on_disk_is_asked_for_its_context(scratch, tmp_path):
         refuse_what_does_not_fit(scratch("base=here"), tmp_path)
 
 
+def test_a_base_in_gguf_is_refused_before_anything_is_made(scratch, tmp_path):
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    with pytest.raises(LlameroError, match=r"the base is a model in GGUF \(base\.gguf\)") as caught:
+        refuse_what_does_not_fit(scratch("base=base.gguf"), tmp_path / "base.gguf")
+    assert "llamero convert" in str(caught.value.fix)
+
+
 def test_a_token_that_is_ordinary_text_of_the_base_is_refused(scratch, tmp_path):
     train_bpe(iter(["the cat " * 9]), vocab_size=262).save(tmp_path)
     tokens = 'data.extra_tokens=["<|im_start|>", "<|im_end|>", "{}"]'
