@@ -20,9 +20,6 @@ ROOT = HERE.parents[2]
 ENVIRONMENTS = Path(os.environ.get("LLAMERO_PEERS", ROOT / ".venv-peers"))
 """Where `make peers` puts the environments."""
 
-NAMES = ("gptqmodel", "llmcompressor", "llamacpp", "bitsandbytes")
-"""Every environment there is."""
-
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 SETTINGS = {
