@@ -58,14 +58,17 @@ def importances(trained, calibration, tmp_path_factory):
 def theirs(ours, importances, peer, tmp_path_factory):
     """llama.cpp's file of every mix, made of our file of F16."""
     place = tmp_path_factory.mktemp("theirs")
-    files = [{"out": str(place / f"{mix}.gguf"), "file_type": gguf_mix.MIXES[mix].file_type} for mix in ROUNDED]
-    peer("llamacpp").run("llamacpp_quantize", model=ours["F16"], imatrix=importances, files=files)
+    files = [
+        {"model": ours["F16"], "out": place / f"{mix}.gguf", "file_type": gguf_mix.MIXES[mix].file_type}
+        for mix in ROUNDED
+    ]
+    peer("llamacpp").run("llamacpp_quantize", imatrix=importances, files=files)
     return {mix: place / f"{mix}.gguf" for mix in ROUNDED}
 
 
 @pytest.fixture(scope="module")
 def held_out(text, tmp_path_factory):
-    ids, path = text("test", 16, 512), tmp_path_factory.mktemp("held_out") / "ids.safetensors"
+    ids, path = text("test", 8, 512), tmp_path_factory.mktemp("held_out") / "ids.safetensors"
     save_file({"ids": ids.to(torch.int32)}, path)
     return ids, path
 
@@ -89,6 +92,11 @@ def agreement(trained, held_out):
     return measured
 
 
+def asked(ids):
+    """Return how many tokens are predicted: all but the first of each row."""
+    return ids.numel() - len(ids)
+
+
 def windows(ids):
     return score.documents([ids.shape[1]] * len(ids))
 
@@ -97,13 +105,35 @@ def test_every_mix_was_made(ours):
     assert set(ours) == set(MIXES)
 
 
+@pytest.fixture(scope="module")
+def surprise(held_out):
+    """Return how surprised we are by the text, per token, with a file."""
+    found, ids = {}, held_out[0]
+
+    def measured(file):
+        if file not in found:
+            model = load_model(file, dtype=torch.float32)
+            found[file] = score.perplexity(model, ids.flatten().tolist(), windows(ids)).nll_sum / asked(ids)
+        return found[file]
+
+    return measured
+
+
 @pytest.mark.parametrize("mix", MIXES)
-def test_llama_cpp_is_as_surprised_by_a_text_as_we_are(ours, heard, held_out, mix):
-    ids = held_out[0]
-    mine = score.perplexity(load_model(ours[mix], dtype=torch.float32), ids.flatten().tolist(), windows(ids))
-    count = ids.numel() - len(ids)
-    assert mine.tokens == count
-    assert abs(heard[mix]["nll"] / count - mine.nll_sum / count) < 1e-3  # a thousandth of the perplexity
+def test_llama_cpp_is_as_surprised_by_a_text_as_we_are(ours, heard, held_out, surprise, mix):
+    """Within a thousandth of the perplexity, though it rounds activations to 8 bits too; with Q2_K that is felt most."""
+    gap = heard[mix]["nll"] / asked(held_out[0]) - surprise(ours[mix])
+    assert abs(gap) < (2e-3 if mix == "Q2_K" else 1e-3)
+
+
+def test_what_llama_cpp_decodes_is_what_we_decode(ours, peer, held_out, surprise, tmp_path):
+    """It makes float32 of our files itself and so rounds no activations: hardly any difference is left."""
+    files = [{"model": ours[mix], "out": tmp_path / f"{mix}.gguf", "file_type": 0} for mix in ROUNDED]
+    program, models = peer("llamacpp"), [each["out"] for each in files]
+    program.run("llamacpp_quantize", files=files)
+    done = program.run("llamacpp_score", tokens=held_out[1], models=models)
+    for mix, said in zip(ROUNDED, done.answer["models"], strict=True):
+        assert abs(said["nll"] / asked(held_out[0]) - surprise(ours[mix])) < 1e-4, mix
 
 
 def test_llama_cpp_reads_the_same_tokens(trained, heard):
@@ -128,11 +158,8 @@ def test_what_llama_cpp_rounds_is_not_better(ours, theirs, agreement, mix):
     assert mine <= other * 1.005, f"{mix}: ours {mine:.4e}, llama.cpp's {other:.4e}"
 
 
-def test_we_read_what_llama_cpp_wrote_as_it_does(theirs, peer, held_out):
-    ids = held_out[0]
+def test_we_read_what_llama_cpp_wrote_as_it_does(theirs, peer, held_out, surprise):
     done = peer("llamacpp").run("llamacpp_score", tokens=held_out[1], models=list(theirs.values()))
-    count = ids.numel() - len(ids)
     for mix, said in zip(theirs, done.answer["models"], strict=True):
-        model = load_model(theirs[mix], dtype=torch.float32)
-        mine = score.perplexity(model, ids.flatten().tolist(), windows(ids))
-        assert abs(said["nll"] - mine.nll_sum) / count < 1e-3, mix
+        gap = said["nll"] / asked(held_out[0]) - surprise(theirs[mix])
+        assert abs(gap) < (2e-3 if mix == "Q2_K" else 1e-3), mix

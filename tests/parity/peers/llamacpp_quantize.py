@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
 """llama.cpp quantizes a GGUF file.
 
-Told: model (a file of f16 or f32), imatrix (a safetensors file of importances by tensor, or nothing) and files, a list
-of: out, file_type (a number of `llama_ftype`).
+Told: imatrix (a safetensors file of importances by tensor, or nothing) and files, a list of: model, out, file_type (a
+number of `llama_ftype`; 0 makes float32 of anything).
 """
 
 import ctypes
@@ -27,7 +27,8 @@ for each in told["files"]:
     params.ftype = each["file_type"]
     if kept:
         params.imatrix = ctypes.cast(entries, type(params.imatrix))
-    failed = llama_cpp.llama_model_quantize(told["model"].encode(), each["out"].encode(), ctypes.byref(params))
+    params.allow_requantize = each["file_type"] == 0
+    failed = llama_cpp.llama_model_quantize(each["model"].encode(), each["out"].encode(), ctypes.byref(params))
     if failed:
         raise SystemExit(f"llama_model_quantize returned {failed} for {each}")
 answer(files=len(told["files"]))
