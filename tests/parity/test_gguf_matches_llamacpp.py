@@ -121,7 +121,7 @@ def surprise(held_out):
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_llama_cpp_is_as_surprised_by_a_text_as_we_are(ours, heard, held_out, surprise, mix):
-    """Within a thousandth of the perplexity, though it rounds activations to 8 bits too; with Q2_K that is felt most."""
+    """Within a thousandth of the perplexity, though it rounds activations to 8 bits; with Q2_K that is felt most."""
     gap = heard[mix]["nll"] / asked(held_out[0]) - surprise(ours[mix])
     assert abs(gap) < (2e-3 if mix == "Q2_K" else 1e-3)
 
