@@ -35,6 +35,8 @@ COMPRESSED = (
     *(f"gptq-{bits}bit-32g-actorder_static-asym-ct" for bits in range(2, 9)),
 )
 
+BITSANDBYTES = ("int8", "nf4")
+
 KERNELS = {"gptq-4bit--1g-actorder_True": {"bits": 4, "backend": "torch"}}
 """Kernels to ask GPTQModel for; the one that it chooses itself for rows of 768 channels on a CPU then refuses them."""
 
@@ -44,7 +46,7 @@ def ours(two_layers, text, tmp_path_factory):
     """Directories of all variants, from one look at the text."""
     place = tmp_path_factory.mktemp("ours")
     config = QuantizeConfig.model_validate(
-        {"variants": (*GPTQ, *AWQ, *COMPRESSED), "calibration": {"text": "given.txt"}}
+        {"variants": (*GPTQ, *AWQ, *COMPRESSED, *BITSANDBYTES), "calibration": {"text": "given.txt"}}
     )
     rows = list(text("valid", 16, 128))
     run(config, model=two_layers, out=lambda variant: place / variant.name, tokens=rows)
@@ -80,6 +82,12 @@ def awq_as_read(ours, peer, questions, tmp_path_factory):
 def compressed_as_read(ours, peer, questions, tmp_path_factory):
     place = tmp_path_factory.mktemp("compressed")
     return read(peer("llmcompressor"), [ours / name for name in COMPRESSED], questions, place)
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes_as_read(ours, peer, questions, tmp_path_factory):
+    place = tmp_path_factory.mktemp("bitsandbytes")
+    return read(peer("bitsandbytes"), [ours / name for name in BITSANDBYTES], questions, place)
 
 
 def logits(directory, questions, dtype):
@@ -134,6 +142,20 @@ def test_gptqmodel_reads_the_same_awq_weights(ours, awq_as_read, questions, name
     assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.bfloat16)) < 2e-2
 
 
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_bitsandbytes_reads_the_same_weights(ours, bitsandbytes_as_read, questions, name):
+    theirs, seen = bitsandbytes_as_read[name]
+    assert not seen["problem"]
+    assert seen["layers"] == ["Linear8bitLt" if name == "int8" else "Linear4bit"]
+    if name == "nf4":  # int8 rounds the rows of an identity too
+        for layer, packed in packed_layers(ours / name).items():
+            assert near(packed.dequantize(torch.float32), theirs[layer]), layer
+    assert largest_gap(theirs["logits"], logits(ours / name, questions, torch.float32)) < TOLERANCES.get(name, 2e-3)
+
+
+TOLERANCES = {"int8": 1e-2}
+"""How far logits may be apart; LLM.int8 rounds activations to 8 bits too."""
+
 WRITTEN = {
     "gptqmodel": {
         "gptq": ("gptqmodel_quantize", {"bits": 4, "group_size": 128, "sym": True, "desc_act": True}),
@@ -177,5 +199,4 @@ def test_we_read_what_others_wrote(written, questions):
         for layer, packed in packed_layers(place / name).items():
             if about["layers"] != ["Linear8bitLt"]:  # which rounds the rows of an identity too
                 assert near(packed.dequantize(torch.float32), theirs[layer]), f"{name}: {layer}"
-        # LLM.int8 rounds activations to 8 bits too
-        assert largest_gap(theirs["logits"], mine) < (1e-2 if name == "int8" else 2e-3), name
+        assert largest_gap(theirs["logits"], mine) < TOLERANCES.get(name, 2e-3), name
