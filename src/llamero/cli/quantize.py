@@ -117,6 +117,7 @@ def quantize(
     if variant:
         keys["variants"] = _known(variant, sym=sym)
     if plan:
+        keys["calibration"] = {"sequence": sequence, "tokens": tokens}
         _say_plan(model, keys, as_json=json)
         return
     if out_dir is None or json:
@@ -238,7 +239,7 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     import_uninterrupted("llamero.quantize.sizes")
     from llamero.model.load import DTYPES, empty_model
     from llamero.quantize.choose import choose
-    from llamero.quantize.kept import bytes_of
+    from llamero.quantize.needs import needs
     from llamero.quantize.sizes import size as foretell
 
     shape, config, known_from, source = _shape(model, keys)
@@ -260,8 +261,12 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     out.print("published: one file, GPTQ's with a bias of zeros for each linear layer; ours have none", soft_wrap=True)
     if any(found.without_tokenizer for found in sizes):
         out.print("GGUF files hold the tokenizer too, which is not counted: it is not at hand", soft_wrap=True)
-    whole, kept = sum(found.ours for found in sizes), bytes_of(shape)
-    out.print(f"all of ours: {size(whole)}; statistics on disk with --keep: about {size(kept)}", highlight=False)
+    text = config.calibration
+    about = needs(shape, [text.sequence] * (text.tokens // text.sequence))
+    disk = f"{size(about.file)} of disk while it lasts" if about.file else "no disk"
+    out.print(f"all of ours: {size(sum(found.ours for found in sizes))}", highlight=False)
+    said = f"about {size(about.memory)} of memory, {disk}; its statistics with --keep {size(about.kept)}"
+    out.print(f"calibration on {text.tokens:,} tokens: {said}", highlight=False, soft_wrap=True)
     _say_why([found.variant for found in sizes])
     say_left_out(left)
 
