@@ -11,7 +11,8 @@ super-block's two scales fitted once more to the codes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -41,17 +42,50 @@ def encode(
         kind: A name of `KINDS`.
         importance: How much the error of each input channel counts; all alike where it is not given.
     """
+    rows = []
+    for part in w.float().split(max(1, _AT_ONCE // w.shape[1])):
+        rows.append(_PACKERS[kind](fit(part, kind, importance=importance)).view(len(part), -1))
+    return torch.cat(rows)
+
+
+def fit(w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, "*out d"] | None = None) -> "Fitted":
+    """Return the blocks of a matrix, row after row: scales and codes whose weighted squared error is small.
+
+    Args:
+        w: Weight, its inputs a multiple of the kind's block.
+        kind: A name of `KINDS`.
+        importance: How much the error of each input channel counts; all alike where it is not given.
+    """
     form = KINDS[kind]
     if w.shape[1] % form.block:
         raise ValueError(f"{w.shape[1]} inputs are no multiple of the {form.block} weights of a block of {kind}")
-    rows = []
-    for part in w.float().split(max(1, _AT_ONCE // w.shape[1])):
-        blocks = part.reshape(-1, form.block)
-        weight = torch.ones_like(blocks)
-        if importance is not None:
-            weight = importance.float().clamp(min=1e-12).expand_as(part).reshape(-1, form.block)
-        rows.append(_ENCODERS[kind](blocks, weight).view(len(part), -1))
-    return torch.cat(rows)
+    blocks = w.float().reshape(-1, form.block)
+    weight = torch.ones_like(blocks)
+    if importance is not None:
+        weight = importance.float().clamp(min=1e-12).expand_as(w).reshape(-1, form.block)
+    return _FITTERS[kind](blocks, weight)
+
+
+def pack(found: "Fitted", kind: str, *, rows: int) -> UInt8[Tensor, "out bytes"]:
+    """Return the bytes of the rows that blocks make up."""
+    return _PACKERS[kind](found).view(rows, -1)
+
+
+class Fitted(Protocol):
+    """Blocks whose scales are decided: a weight is `step · code − low`."""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Return the smallest and the largest code."""
+        ...
+
+    def grid(self) -> tuple[Float[Tensor, "blocks n"], Float[Tensor, "blocks n"]]:
+        """Return step and low of every weight."""
+        ...
+
+    def recoded(self, codes: Float[Tensor, "blocks n"]) -> "Fitted":
+        """Return the same blocks with other codes."""
+        ...
 
 
 def decode(data: UInt8[Tensor, "out bytes"], kind: str) -> Float[Tensor, "out d"]:
@@ -109,7 +143,31 @@ def _safe(values: Tensor) -> Tensor:
     return torch.where(values == 0, 1.0, values)
 
 
-# -- Q4_0, Q5_0, Q8_0: one scale for 32 weights
+# -- Q4_0, Q5_0, Q8_0: one scale for 32 weights; Q4_1, Q5_1: a lowest value too
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Blocks of one grid each."""
+
+    codes: Int[Tensor, "blocks n"]
+    step: Float[Tensor, "blocks 1"]
+    low: Float[Tensor, "blocks 1"]
+    """What is subtracted; both as float16 holds them."""
+    ends: tuple[int, int]
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return step and low of every weight."""
+        return self.step.expand(self.codes.shape), self.low.expand(self.codes.shape)
+
+    def recoded(self, codes: Tensor) -> "Plain":
+        """Return the same blocks with other codes."""
+        return replace(self, codes=codes.to(self.codes.dtype))
+
+
+def _scaled(w: Tensor, scale: Tensor, low: int, high: int) -> Plain:
+    codes = (w / _safe(scale)).round().clamp(low, high).to(torch.int8)
+    return Plain(codes, scale, torch.zeros_like(scale), (low, high))
 
 
 def _nearest_scale(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
@@ -128,10 +186,13 @@ def _nearest_scale(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
     return torch.where(largest == 0, 0.0, best)
 
 
-def _encode_q4_0(w: Tensor, weight: Tensor) -> Tensor:
-    scale = _nearest_scale(w, weight, -8, 7)
-    codes = ((w / _safe(scale)).round().clamp(-8, 7) + 8).to(torch.uint8)
-    return torch.cat([_half(scale[:, 0]), codes[:, :16] | codes[:, 16:] << 4], 1)
+def _fit_q4_0(w: Tensor, weight: Tensor) -> Plain:
+    return _scaled(w, _nearest_scale(w, weight, -8, 7), -8, 7)
+
+
+def _pack_q4_0(found: Plain) -> Tensor:
+    codes = (found.codes + 8).to(torch.uint8)
+    return torch.cat([_half(found.step[:, 0]), codes[:, :16] | codes[:, 16:] << 4], 1)
 
 
 def _decode_q4_0(data: Tensor) -> Tensor:
@@ -139,11 +200,14 @@ def _decode_q4_0(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * (codes.float() - 8)
 
 
-def _encode_q5_0(w: Tensor, weight: Tensor) -> Tensor:
-    scale = _nearest_scale(w, weight, -16, 15)
-    codes = ((w / _safe(scale)).round().clamp(-16, 15) + 16).to(torch.uint8)
+def _fit_q5_0(w: Tensor, weight: Tensor) -> Plain:
+    return _scaled(w, _nearest_scale(w, weight, -16, 15), -16, 15)
+
+
+def _pack_q5_0(found: Plain) -> Tensor:
+    codes = (found.codes + 16).to(torch.uint8)
     low = (codes[:, :16] & 15) | (codes[:, 16:] & 15) << 4
-    return torch.cat([_half(scale[:, 0]), _bits(codes >> 4), low], 1)
+    return torch.cat([_half(found.step[:, 0]), _bits(codes >> 4), low], 1)
 
 
 def _decode_q5_0(data: Tensor) -> Tensor:
@@ -162,21 +226,20 @@ def _unbits(data: UInt8[Tensor, "blocks bytes"]) -> UInt8[Tensor, "blocks n"]:
     return ((data[..., None] >> shifts) & 1).flatten(1)
 
 
-def _encode_q8_0(w: Tensor, weight: Tensor) -> Tensor:
-    scale = _stored(w.abs().amax(1, keepdim=True) / 127)
-    codes = (w / _safe(scale)).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([_half(scale[:, 0]), codes.view(torch.uint8)], 1)
+def _fit_q8_0(w: Tensor, weight: Tensor) -> Plain:
+    return _scaled(w, _stored(w.abs().amax(1, keepdim=True) / 127), -127, 127)
+
+
+def _pack_q8_0(found: Plain) -> Tensor:
+    return torch.cat([_half(found.step[:, 0]), found.codes.view(torch.uint8)], 1)
 
 
 def _decode_q8_0(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * data[:, 2:].contiguous().view(torch.int8).float()
 
 
-# -- Q4_1, Q5_1: one scale and one minimum for 32 weights
-
-
-def _ranged(w: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, step and lowest value of each block, of those that fit ranges around that of its weights."""
+def _ranged(w: Tensor, weight: Tensor, last: int) -> Plain:
+    """Return the blocks of those grids that fit ranges around that of its weights."""
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     best_step, best_low = torch.zeros_like(low), _stored(low)
     least = torch.full_like(low, torch.inf)
@@ -190,7 +253,7 @@ def _ranged(w: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor, Tenso
         best_step, best_low = torch.where(better, step, best_step), torch.where(better, start, best_low)
         least = torch.where(better, error, least)
     codes = torch.where(best_step == 0, 0.0, ((w - best_low) / _safe(best_step)).round().clamp(0, last))
-    return codes.to(torch.uint8), best_step, best_low
+    return Plain(codes.to(torch.uint8), best_step, -best_low, (0, last))
 
 
 def _line(w: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,9 +268,13 @@ def _line(w: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return step, (x - step * c) / _safe(ones)
 
 
-def _encode_q4_1(w: Tensor, weight: Tensor) -> Tensor:
-    codes, step, low = _ranged(w, weight, 15)
-    return torch.cat([_half(step[:, 0]), _half(low[:, 0]), codes[:, :16] | codes[:, 16:] << 4], 1)
+def _fit_q4_1(w: Tensor, weight: Tensor) -> Plain:
+    return _ranged(w, weight, 15)
+
+
+def _pack_q4_1(found: Plain) -> Tensor:
+    nibbles = found.codes[:, :16] | found.codes[:, 16:] << 4
+    return torch.cat([_half(found.step[:, 0]), _half(-found.low[:, 0]), nibbles], 1)
 
 
 def _decode_q4_1(data: Tensor) -> Tensor:
@@ -215,10 +282,14 @@ def _decode_q4_1(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * codes.float() + _unhalf(data[:, 2:4])
 
 
-def _encode_q5_1(w: Tensor, weight: Tensor) -> Tensor:
-    codes, step, low = _ranged(w, weight, 31)
+def _fit_q5_1(w: Tensor, weight: Tensor) -> Plain:
+    return _ranged(w, weight, 31)
+
+
+def _pack_q5_1(found: Plain) -> Tensor:
+    codes = found.codes
     nibbles = (codes[:, :16] & 15) | (codes[:, 16:] & 15) << 4
-    return torch.cat([_half(step[:, 0]), _half(low[:, 0]), _bits(codes >> 4), nibbles], 1)
+    return torch.cat([_half(found.step[:, 0]), _half(-found.low[:, 0]), _bits(codes >> 4), nibbles], 1)
 
 
 def _decode_q5_1(data: Tensor) -> Tensor:
@@ -239,6 +310,22 @@ class Affine:
     d: Float[Tensor, " blocks"]
     dmin: Float[Tensor, " blocks"]
     """Both as float16 holds them."""
+    last: int
+    """Largest code."""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Return the smallest and the largest code."""
+        return 0, self.last
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return step and low of every weight, (blocks, 256)."""
+        step, low = self._grid()
+        return step.expand(self.codes.shape).flatten(1), low.expand(self.codes.shape).flatten(1)
+
+    def recoded(self, codes: Tensor) -> "Affine":
+        """Return the same blocks with other codes, (blocks, 256)."""
+        return replace(self, codes=codes.to(torch.uint8).view(self.codes.shape))
 
     def weights(self) -> Float[Tensor, "blocks groups n"]:
         """Return what they stand for."""
@@ -334,7 +421,7 @@ def _rounded_scales(values: Tensor, weight: Tensor, top: int) -> tuple[Tensor, T
 def _affine_codes(w: Tensor, d: Tensor, scales: Tensor, dmin: Tensor, minimums: Tensor, last: int) -> Affine:
     step, low = (d[:, None] * scales)[..., None], (dmin[:, None] * minimums)[..., None]
     codes = torch.where(step == 0, 0.0, ((w + low) / _safe(step)).round().clamp(0, last))
-    return Affine(codes.to(torch.uint8), scales, minimums, d, dmin)
+    return Affine(codes.to(torch.uint8), scales, minimums, d, dmin, last)
 
 
 def _affine_refit(w: Tensor, weight: Tensor, found: Affine) -> tuple[Tensor, Tensor]:
@@ -379,25 +466,25 @@ def _better(best: Affine, found: Affine, where: Tensor) -> Affine:
         choose(found.minimums, best.minimums),
         choose(found.d, best.d),
         choose(found.dmin, best.dmin),
+        found.last,
     )
 
 
-def _encode_q4_k(w: Tensor, weight: Tensor) -> Tensor:
-    return _affine_bytes(w, weight, bits=4)
+def _fit_q4_k(w: Tensor, weight: Tensor) -> Affine:
+    return affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=4, scale_bits=6)
 
 
-def _encode_q5_k(w: Tensor, weight: Tensor) -> Tensor:
-    return _affine_bytes(w, weight, bits=5)
+def _fit_q5_k(w: Tensor, weight: Tensor) -> Affine:
+    return affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=5, scale_bits=6)
 
 
-def _affine_bytes(w: Tensor, weight: Tensor, *, bits: int) -> Tensor:
-    found = affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=bits, scale_bits=6)
+def _pack_affine(found: Affine) -> Tensor:
     codes = found.codes.view(-1, 4, 2, 32)  # two groups share 32 bytes
     low = codes & 15
     nibbles = (low[:, :, 0] | low[:, :, 1] << 4).flatten(1)
     parts = [_half(found.d), _half(found.dmin), _six_bits(found.scales, found.minimums)]
-    if bits == 5:
-        shifts = torch.arange(8, dtype=torch.uint8, device=w.device)[:, None]
+    if found.last > 15:
+        shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
         parts.append((found.codes >> 4 << shifts).sum(1, dtype=torch.uint8))
     return torch.cat([*parts, nibbles], 1)
 
@@ -417,7 +504,8 @@ def _affine_weights(data: Tensor, nibbles: Tensor, high: Tensor | None) -> Tenso
         shifts = torch.arange(8, dtype=torch.uint8, device=data.device)[:, None]
         codes = codes | ((high[:, None] >> shifts) & 1) << 4
     scales, minimums = _unsix_bits(data[:, 4:16])
-    return Affine(codes, scales, minimums, _unhalf(data[:, :2])[:, 0], _unhalf(data[:, 2:4])[:, 0]).weights().flatten(1)
+    d, dmin = _unhalf(data[:, :2])[:, 0], _unhalf(data[:, 2:4])[:, 0]
+    return Affine(codes, scales, minimums, d, dmin, 31 if high is not None else 15).weights().flatten(1)
 
 
 def _six_bits(scales: UInt8[Tensor, "blocks 8"], minimums: UInt8[Tensor, "blocks 8"]) -> UInt8[Tensor, "blocks 12"]:
@@ -433,15 +521,18 @@ def _unsix_bits(data: UInt8[Tensor, "blocks 12"]) -> tuple[UInt8[Tensor, "blocks
     return scales, torch.cat([second & 63, rest >> 4 | second >> 6 << 4], 1)
 
 
-def _encode_q2_k(w: Tensor, weight: Tensor) -> Tensor:
-    found = affine(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=2, scale_bits=4)
+def _fit_q2_k(w: Tensor, weight: Tensor) -> Affine:
+    return affine(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=2, scale_bits=4)
+
+
+def _pack_q2_k(found: Affine) -> Tensor:
     return torch.cat([found.scales | found.minimums << 4, _two_bits(found.codes), _half(found.d), _half(found.dmin)], 1)
 
 
 def _decode_q2_k(data: Tensor) -> Tensor:
     codes = _untwo_bits(data[:, 16:80]).view(-1, 16, 16)
     d, dmin = _unhalf(data[:, 80:82])[:, 0], _unhalf(data[:, 82:84])[:, 0]
-    return Affine(codes, data[:, :16] & 15, data[:, :16] >> 4, d, dmin).weights().flatten(1)
+    return Affine(codes, data[:, :16] & 15, data[:, :16] >> 4, d, dmin, 3).weights().flatten(1)
 
 
 def _two_bits(codes: UInt8[Tensor, "blocks groups n"]) -> UInt8[Tensor, "blocks 64"]:
@@ -466,6 +557,17 @@ class Linear:
     scales: Int[Tensor, "blocks groups"]
     d: Float[Tensor, " blocks"]
     """As float16 holds it."""
+    ends: tuple[int, int]
+    """Smallest and largest code."""
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return step and low of every weight, (blocks, 256)."""
+        step = (self.d[:, None] * self.scales)[..., None].expand(self.codes.shape).flatten(1)
+        return step, torch.zeros_like(step)
+
+    def recoded(self, codes: Tensor) -> "Linear":
+        """Return the same blocks with other codes, (blocks, 256)."""
+        return replace(self, codes=codes.to(torch.int8).view(self.codes.shape))
 
     def weights(self) -> Float[Tensor, "blocks groups n"]:
         """Return what they stand for."""
@@ -504,6 +606,7 @@ def symmetric(
             torch.where(better[:, None, None], found.codes, best.codes),
             torch.where(better[:, None], found.scales, best.scales),
             torch.where(better, found.d, best.d),
+            found.ends,
         )
         least = torch.minimum(error, least)
     assert best is not None
@@ -528,7 +631,7 @@ def _linear_codes(w: Tensor, d: Tensor, step: Tensor, low: int, high: int, ends:
     scales = torch.where(d[:, None] == 0, 0.0, scales)
     actual = (d[:, None] * scales)[..., None]
     codes = torch.where(actual == 0, 0.0, (w / _safe(actual)).round().clamp(low, high))
-    return Linear(codes.to(torch.int8), scales.to(torch.int8), d)
+    return Linear(codes.to(torch.int8), scales.to(torch.int8), d, (low, high))
 
 
 def _linear_refit(w: Tensor, weight: Tensor, found: Linear, low: int, high: int, ends: tuple[int, int]) -> Linear:
@@ -541,11 +644,14 @@ def _linear_refit(w: Tensor, weight: Tensor, found: Linear, low: int, high: int,
     return _linear_codes(w, d, step, low, high, ends)
 
 
-def _encode_q6_k(w: Tensor, weight: Tensor) -> Tensor:
-    found = symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=6, scale_bits=8)
+def _fit_q6_k(w: Tensor, weight: Tensor) -> Linear:
+    return symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=6, scale_bits=8)
+
+
+def _pack_q6_k(found: Linear) -> Tensor:
     codes = (found.codes + 32).view(torch.uint8).view(-1, 2, 4, 32)
     low = (codes[:, :, :2] & 15 | (codes[:, :, 2:] & 15) << 4).flatten(1)  # 0 with 2, 1 with 3
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=w.device)[:, None]
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)[:, None]
     high = (codes >> 4 << shifts).sum(2, dtype=torch.uint8).flatten(1)
     return torch.cat([low, high, found.scales.view(torch.uint8), _half(found.d)], 1)
 
@@ -557,17 +663,20 @@ def _decode_q6_k(data: Tensor) -> Tensor:
     codes = torch.cat([low & 15, low >> 4], 2) | high << 4
     scales = data[:, 192:208].contiguous().view(torch.int8)
     signed = codes.reshape(-1, 16, 16).to(torch.int8) - 32
-    return Linear(signed, scales, _unhalf(data[:, 208:])[:, 0]).weights().flatten(1)
+    return Linear(signed, scales, _unhalf(data[:, 208:])[:, 0], (-32, 31)).weights().flatten(1)
 
 
-def _encode_q3_k(w: Tensor, weight: Tensor) -> Tensor:
-    found = symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=3, scale_bits=6)
+def _fit_q3_k(w: Tensor, weight: Tensor) -> Linear:
+    return symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=3, scale_bits=6)
+
+
+def _pack_q3_k(found: Linear) -> Tensor:
     codes = (found.codes + 4).view(torch.uint8).view(-1, 8, 32)
-    shifts = torch.arange(8, dtype=torch.uint8, device=w.device)[:, None]
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
     mask = (codes >> 2 << shifts).sum(1, dtype=torch.uint8)
     scales = (found.scales + 32).view(torch.uint8)
     nibbles = scales[:, :8] & 15 | (scales[:, 8:] & 15) << 4
-    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=w.device)[:, None]
+    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)[:, None]
     tops = (scales.view(-1, 4, 4) >> 4 << pairs).sum(1, dtype=torch.uint8)
     return torch.cat([mask, _two_bits(codes & 3), nibbles, tops, _half(found.d)], 1)
 
@@ -579,20 +688,36 @@ def _decode_q3_k(data: Tensor) -> Tensor:
     nibbles, tops = data[:, 96:104], data[:, 104:108]
     pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)[:, None]
     scales = torch.cat([nibbles & 15, nibbles >> 4], 1) | (((tops[:, None] >> pairs) & 3) << 4).flatten(1)
-    return Linear(codes.view(-1, 16, 16), scales.to(torch.int8) - 32, _unhalf(data[:, 108:])[:, 0]).weights().flatten(1)
+    return (
+        Linear(codes.view(-1, 16, 16), scales.to(torch.int8) - 32, _unhalf(data[:, 108:])[:, 0], (-4, 3))
+        .weights()
+        .flatten(1)
+    )
 
 
-_ENCODERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Q4_0": _encode_q4_0,
-    "Q4_1": _encode_q4_1,
-    "Q5_0": _encode_q5_0,
-    "Q5_1": _encode_q5_1,
-    "Q8_0": _encode_q8_0,
-    "Q2_K": _encode_q2_k,
-    "Q3_K": _encode_q3_k,
-    "Q4_K": _encode_q4_k,
-    "Q5_K": _encode_q5_k,
-    "Q6_K": _encode_q6_k,
+_FITTERS: dict[str, Callable[[Tensor, Tensor], Fitted]] = {
+    "Q4_0": _fit_q4_0,
+    "Q4_1": _fit_q4_1,
+    "Q5_0": _fit_q5_0,
+    "Q5_1": _fit_q5_1,
+    "Q8_0": _fit_q8_0,
+    "Q2_K": _fit_q2_k,
+    "Q3_K": _fit_q3_k,
+    "Q4_K": _fit_q4_k,
+    "Q5_K": _fit_q5_k,
+    "Q6_K": _fit_q6_k,
+}
+_PACKERS: dict[str, Callable[[Any], Tensor]] = {
+    "Q4_0": _pack_q4_0,
+    "Q4_1": _pack_q4_1,
+    "Q5_0": _pack_q5_0,
+    "Q5_1": _pack_q5_1,
+    "Q8_0": _pack_q8_0,
+    "Q2_K": _pack_q2_k,
+    "Q3_K": _pack_q3_k,
+    "Q4_K": _pack_affine,
+    "Q5_K": _pack_affine,
+    "Q6_K": _pack_q6_k,
 }
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_0": _decode_q4_0,

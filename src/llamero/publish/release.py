@@ -30,7 +30,7 @@ class Variant:
     """A quantized model."""
 
     name: str
-    method: Literal["gptq", "rtn", "awq", "gguf"]
+    method: Literal["gptq", "rtn", "awq", "gguf", "gguf-rtn"]
     layout: Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
     bits: int
     group_size: int

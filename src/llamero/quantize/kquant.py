@@ -1,18 +1,25 @@
-"""Weights in the types of a GGUF mix, each rounded with the importance of its input channel."""
+"""Weights in the types of a GGUF mix: GPTQ's rounding within their blocks, or each weight rounded by itself.
+
+The scales of a block are fitted with the importance of its input channels. GPTQ then takes one channel after another
+and lets those to come absorb the error (Frantar et al. 2022, arXiv:2210.17323); nothing about the file is different.
+"""
 
 from collections.abc import Iterator, Sequence
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from llamero.checkpoint.gguf_names import to_gguf
-from llamero.model.kquants import round_to
+from llamero.model.kquants import KINDS, BlockCodes, fit, pack, round_to
 from llamero.quantize import gguf_mix
+from llamero.quantize.gptq import Factor
 from llamero.quantize.problem import LayerProblems, Problem, Solution
 from llamero.quantize.variants import Variant
 
 
-def solve(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:
-    """Yield the blocks of each variant; a channel counts by its mean square on the calibration text.
+def round_nearest(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:
+    """Yield the blocks of each variant, all weights rounded by themselves; a channel counts by its mean square.
 
     That is the diagonal of GPTQ's second moment, and llama.cpp's "imatrix".
     """
@@ -26,6 +33,67 @@ def solve(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solutio
                 codes[name] = round_to(weight, kinds[theirs], importance=heeded)
             solution.add_parts(problem, codes)
         yield solution
+
+
+def solve(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:
+    """Yield the blocks of each variant, their codes found by GPTQ; types that are no blocks are rounded."""
+    for variant in variants:
+        kinds, solution = gguf_mix.types(layer.shape, variant.mix), Solution()
+        for problem in layer.inputs.values():
+            factor, codes = problem.factor(False), {}
+            for name, weight in zip(problem.names, problem.weight.split(problem.outputs), strict=True):
+                theirs = _named(layer, name)
+                heeded = solution.importance[theirs] = importance(layer, problem, theirs)
+                kind = kinds[theirs]
+                if kind in KINDS:
+                    codes[name] = gptq(weight, factor, kind, importance=heeded)
+                else:
+                    codes[name] = round_to(weight, kind)
+            solution.add_parts(problem, codes, damp=factor.damp, dead=int(factor.dead.sum()))
+        yield solution
+
+
+def gptq(w: Float[Tensor, "out d"], factor: Factor, kind: str, *, importance: Float[Tensor, " d"]) -> BlockCodes:
+    """Return blocks that are rounded one input channel after another, the channels to come absorbing the error.
+
+    The scales of a block are fitted to its weights as they are when it is reached, and stay.
+
+    Args:
+        w: Weight, its inputs a multiple of the kind's block.
+        factor: Of its inputs, in their own order.
+        kind: A name of `kquants.KINDS`.
+        importance: Mean square of the inputs.
+    """
+    u, width = factor.u, KINDS[kind].block
+    w = w.masked_fill(factor.dead, 0)
+    rows = []
+    for start in range(0, w.shape[1], width):
+        stop = start + width
+        found = fit(w[:, start:stop], kind, importance=importance[start:stop])
+        codes, errors = _round_block(
+            w[:, start:stop].T.contiguous(), u[start:stop, start:stop], *found.grid(), found.ends
+        )
+        w[:, stop:] -= errors.T @ u[start:stop, stop:]
+        rows.append(pack(found.recoded(codes.T), kind, rows=len(w)))
+    return BlockCodes(torch.cat(rows, 1), kind)
+
+
+def _round_block(
+    w: Float[Tensor, "n out"],
+    u: Float[Tensor, "n n"],
+    step: Float[Tensor, "out n"],
+    low: Float[Tensor, "out n"],
+    ends: tuple[int, int],
+) -> tuple[Float[Tensor, "n out"], Float[Tensor, "n out"]]:
+    """Return the codes of a block's channels, and the error of each that the channels beyond are to absorb."""
+    step, low = step.T.contiguous(), low.T.contiguous()
+    inverse = torch.where(step == 0, 0.0, 1 / step)
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for i in range(len(w)):
+        codes[i] = ((w[i] + low[i]) * inverse[i]).round_().clamp_(*ends)
+        errors[i] = (w[i] - (step[i] * codes[i] - low[i])) / u[i, i]
+        w[i:].addr_(u[i, i:], errors[i], alpha=-1)
+    return codes, errors
 
 
 def importance(layer: LayerProblems, problem: Problem, theirs: str) -> Tensor:

@@ -93,9 +93,10 @@ METHODS: dict[str, Method] = {
     "awq": _awq,
     "rtn": _rtn,
     "gguf": kquant.solve,
+    "gguf-rtn": kquant.round_nearest,
     "bitsandbytes": bitsandbytes.solve,
 }
 """Every method there is. To add one: a file, a line here, a name in `variants`, a parity test."""
 
-DAMPED = frozenset({"gptq"})
+DAMPED = frozenset({"gptq", "gguf"})
 """Methods that damp the second moment."""

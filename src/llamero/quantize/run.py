@@ -219,8 +219,8 @@ def _sensitivity(
     keep_in: Path | None,
     device: str | torch.device,
 ) -> Sensitivity | None:
-    """Measure how the loss feels outputs, if a method asks for it; where it is not kept it goes with the stack."""
-    if config.sensitivity == 0 or all(variant.method not in DAMPED for variant in config.parsed()):
+    """Measure how the loss feels outputs, if GPTQ asks for it; where it is not kept it goes with the stack."""
+    if config.sensitivity == 0 or all(variant.method != "gptq" for variant in config.parsed()):
         return None
     some = sensitivity.some(tokens, config.sensitivity)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llamero.checkpoint.codes import Actorder
     from llamero.checkpoint.packed import Format
 
-Method = Literal["gptq", "rtn", "awq", "gguf", "bitsandbytes"]
+Method = Literal["gptq", "rtn", "awq", "gguf", "gguf-rtn", "bitsandbytes"]
 
 Layout = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf", "bitsandbytes"]
 """How the files are laid out."""
@@ -129,8 +129,8 @@ def parse(name: str, *, sym: bool = True) -> Variant:
 
     Args:
         name: `<method>-<bits>bit-<group>g`, for `gptq` followed by `-actorder_<True|static|False>`, then `-asym` for
-            asymmetric grids, then `-v2` or `-ct` for another layout than the method's own; or `gguf-<mix>`, `int8`,
-            `nf4`.
+            asymmetric grids, then `-v2` or `-ct` for another layout than the method's own; or `gguf-<mix>`,
+            `gguf-rtn-<mix>`, `int8`, `nf4`.
         sym: Whether grids are symmetric where the name does not say it; those of AWQ never are.
     """
     if name.startswith("gguf-"):
@@ -158,10 +158,11 @@ def parse(name: str, *, sym: bool = True) -> Variant:
 
 
 def _gguf(name: str) -> Variant:
-    mix = name.removeprefix("gguf-")
+    method: Method = "gguf-rtn" if name.startswith("gguf-rtn-") else "gguf"
+    mix = name.removeprefix(f"{method}-")
     if mix not in MIXES:
-        raise LlameroError(f"unknown variant `{name}`", fix=did_you_mean(name, [f"gguf-{mix}" for mix in MIXES]))
-    return Variant(name, "gguf", MIXES[mix].bits, -1, layout="gguf", mix=mix)
+        raise LlameroError(f"unknown variant `{name}`", fix=did_you_mean(name, [f"{method}-{mix}" for mix in MIXES]))
+    return Variant(name, method, MIXES[mix].bits, -1, layout="gguf", mix=mix)
 
 
 def _near(name: str) -> list[str]:

@@ -132,7 +132,7 @@ def test_every_type_is_the_one_of_the_mix_and_near_the_weights(reports, model, n
     bits = reports[name].variant.bits
     for tensor, weight in theirs(path).items():
         error = (weight - plain[tensor]).norm() / plain[tensor].norm()
-        assert error < (0.4 * 2.0 ** (2 - bits) + 2e-3 if plain[tensor].dim() == 2 else 1e-6), tensor
+        assert error < (0.9 * 2.0 ** (2 - bits) + 2e-3 if plain[tensor].dim() == 2 else 1e-6), tensor
     assert reports[name].size_bytes == path.stat().st_size
     assert path.stat().st_mode & 0o777 == 0o644
 
@@ -144,6 +144,15 @@ def test_sizes_are_known_from_the_shape(reports):
         head = tensors[0].data_offset
         foretold = gguf_sizes.size(shape(), report.variant.mix)
         assert 0 <= path.stat().st_size - foretold <= head
+
+
+def test_rounding_by_itself_errs_more_in_a_file_of_the_same_size(reports, model, tmp_path):
+    plain, (path,) = make(model, tmp_path, "gguf-rtn-Q3_K_S")[0], files(reports["gguf-Q3_K_S"])
+    (other,) = files(plain)
+    assert other.name == path.name
+    assert other.stat().st_size == path.stat().st_size
+    assert reports["gguf-Q3_K_S"].error_per_weight < 0.9 * plain.error_per_weight
+    assert (plain.damp, reports["gguf-Q3_K_S"].damp) == (None, 0.01)
 
 
 def test_more_bits_err_less(reports):
@@ -236,7 +245,7 @@ def test_any_shape_becomes_a_file_that_says_what_fell_back(tmp_path_factory, hid
     assert ("lm_head.weight" in read) != tied
     for name, weight in read.items():
         error = (weight - plain[name]).norm() / plain[name].norm()
-        assert error < (0.4 if weight.dim() == 2 else 1e-6), name
+        assert error < (0.7 if weight.dim() == 2 else 1e-6), name
     choices = gguf_mix.choices(config, mix)
     fallen = sum(choice.type != choice.wanted for choice in choices.values())
     assert sum(int(note.split()[0]) for note in report.notes) == fallen
