@@ -7,7 +7,7 @@ and below the diagonal is kept.
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def bytes_of(config: LlamaConfig) -> int:
     return config.num_layers * sum(2 * width * (width + ROWS) for width in wide)
 
 
-def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root: Path) -> Iterator[Layer]:
+def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root: Path) -> Generator[Layer, None, None]:
     """Yield the layers of a walk, from what is kept of it or else keeping it.
 
     Args:

@@ -75,7 +75,7 @@ class Waiting:
 
 def _whole(call: Transfer, file: int, x: Tensor, offset: int) -> None:
     """Read or write all bytes of a tensor: one call moves at most 2 GiB."""
-    data = memoryview(x.view(-1).view(torch.uint8).numpy())
+    data = x.view(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(data):
         moved = call(file, [data[done:]], offset + done)
