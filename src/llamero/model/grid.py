@@ -1,6 +1,6 @@
 """The evenly spaced values that a group of weights may take: `scale * (code - zero)`, codes 0 … 2^bits - 1."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,10 @@ from torch import Tensor
 
 _SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16."""
+
+
+TOGETHER = 2**18
+"""Weights, times candidates, that a search looks at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,31 +68,32 @@ def search(
     Args:
         w: Weights.
         importance: Weight of each squared difference, broadcast to `w`.
-        dim: Along which weights share a grid.
+        dim: Along which weights share a grid, counted from the first.
         bits: Width of a code.
         sym: Whether zero is in the middle.
         shrinks: Sizes to try, as shares of what `fit` returns; 1.0 is always tried.
     """
     best = fit(w, dim=dim, bits=bits, sym=sym)
-    least = _squares(w, best, importance, dim)
-    for tried in _candidates(best, sym=sym, shrinks=shrinks):
-        error = _squares(w, tried, importance, dim)
-        better = error < least
-        best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero), bits)
+    least = _squares(w[None], Grid(best.scale[None], best.zero[None], bits), importance, dim + 1)[0]
+    scales, zeros = _candidates(best, sym=sym, shrinks=shrinks)
+    together = max(1, TOGETHER // w.numel())
+    for scale, zero in zip(scales.split(together), zeros.split(together), strict=True):
+        error, which = _squares(w[None], Grid(scale, zero, bits), importance, dim + 1).min(0)
+        better, which = error < least, which[None]
+        scale, zero = scale.gather(0, which)[0], zero.gather(0, which)[0]
+        best = Grid(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero), bits)
         least = torch.minimum(error, least)
     return best
 
 
-def _candidates(whole: Grid, *, sym: bool, shrinks: Sequence[float]) -> Iterator[Grid]:
-    last = 2**whole.bits - 1
+def _candidates(whole: Grid, *, sym: bool, shrinks: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points (candidates, *rows)."""
+    last, scales, zeros = 2**whole.bits - 1, [], []
     for shrink in shrinks:
         scale = _as_stored(whole.scale * shrink)
-        if sym:
-            yield Grid(scale, whole.zero, whole.bits)
-            yield Grid(-scale, whole.zero, whole.bits)
-        else:
-            for step in (-1, 0, 1):
-                yield Grid(scale, (whole.zero + step).clamp(1, last), whole.bits)
+        scales += [scale, -scale] if sym else [scale] * 3
+        zeros += [whole.zero] * 2 if sym else [(whole.zero + step).clamp(1, last) for step in (-1, 0, 1)]
+    return torch.stack(scales), torch.stack(zeros)
 
 
 def _squares(w: Tensor, grid: Grid, importance: Tensor, dim: int) -> Tensor:

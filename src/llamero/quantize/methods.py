@@ -13,11 +13,11 @@ from llamero.quantize.variants import Variant
 HELD = 2**31
 """Codes, of a byte each, that GPTQ holds at a time: variants of a large layer are solved a few at a time."""
 
-SHRINKS = dict.fromkeys((3, 4, 5, 6), tuple(step / 20 for step in range(12, 20)))
+SHRINKS: dict[int, tuple[float, ...]] = dict.fromkeys((3, 4, 5, 6), tuple(step / 20 for step in range(12, 20)))
 """Sizes of grids that GPTQ tries beside the whole span of a group's weights, by the width of codes. At 8 bits nothing
 is left to gain. At 2 bits weights that absorb errors need room, and much smaller grids do harm."""
 
-COUPLED_SHRINKS = SHRINKS | {2: (0.75, 0.85, 0.95, 1.1)}
+COUPLED_SHRINKS: dict[int, tuple[float, ...]] = SHRINKS | {2: (0.75, 0.85, 0.95, 1.1)}
 """Where outputs answer to one another."""
 
 REFINED = {3: 2}
