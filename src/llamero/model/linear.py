@@ -225,6 +225,20 @@ class Nf4Linear(PackedLinear):
         """Return the weight, computed in float32 and rounded once."""
         return nf4.decode(codes, (self.out_features, self.in_features), dtype, self._place)
 
+    def product(self, x: Float[Tensor, "... d"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "... out"]:
+        """Return `x @ weight.T + bias` in the dtype of `x`."""
+        codes = self.codes()
+        if codes["packed"].device.type != "cpu" or self.in_features % nf4.BLOCK or torch.compiler.is_compiling():
+            return super().product(x, bias)
+        y = nf4.product(x.reshape(-1, self.in_features), codes, self.out_features, self._place)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if bias is None else y.add_(bias)
+
+    def way(self) -> str:
+        """Return how it computes, for a report."""
+        inside = self.codes()["packed"].device.type == "cpu" and not self.in_features % nf4.BLOCK
+        return "nf4, decoded in the cache" if inside else super().way()
+
     def cuts(self, of: int, *, outputs: bool) -> bool:
         """Return whether the codes can be cut into so many equal shares of outputs, or of inputs: at whole blocks."""
         return nf4.cuts((self.out_features, self.in_features), of, outputs=outputs)

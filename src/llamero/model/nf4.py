@@ -18,6 +18,9 @@ from torch import Tensor
 
 BLOCK, NESTED_BLOCK = 64, 256
 
+_CHUNK_WEIGHTS = 1 << 19
+"""Weights that `product` makes at a time."""
+
 VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -171,14 +174,44 @@ def decode(
         dtype: Of the result.
         place: Where the blocks lie, if these are not all.
     """
-    packed, absmax = tensors["packed"], tensors["absmax"]
-    if "offset" in tensors:
-        scales = tensors["nested_absmax"][place.numbers(len(absmax), absmax.device) // NESTED_BLOCK]
-        absmax = _on(DYNAMIC_MAP, absmax.device)[absmax.int()] * scales + tensors["offset"]
+    packed, absmax = tensors["packed"], _scales(tensors, place)
     if packed.is_cuda and has_bitsandbytes():
         return decode_with_bitsandbytes(packed, absmax, shape, dtype)
     weight = _on(_PAIRS, packed.device).index_select(0, packed.int()).view(-1, BLOCK)
     return weight.mul_(absmax[:, None]).to(dtype).view(shape)
+
+
+def _scales(tensors: Mapping[str, Tensor], place: Place) -> Float[Tensor, " blocks"]:
+    """Return the scale of each block."""
+    absmax = tensors["absmax"]
+    if "offset" not in tensors:
+        return absmax
+    nested = tensors["nested_absmax"][place.numbers(len(absmax), absmax.device) // NESTED_BLOCK]
+    return _on(DYNAMIC_MAP, absmax.device)[absmax.int()] * nested + tensors["offset"]
+
+
+def product(
+    x: Float[Tensor, "rows d"], tensors: Mapping[str, Tensor], outputs: int, place: Place = WHOLE
+) -> Float[Tensor, "rows out"]:
+    """Return `x @ weight.T` on the CPU with the weights of `decode`, a few outputs' at a time: they stay in the cache.
+
+    Args:
+        x: Inputs; their number is a multiple of 64.
+        tensors: As `encode` or `cut` returns them.
+        outputs: Of the weight.
+        place: Where the blocks lie, if these are not all.
+    """
+    inputs, absmax = x.shape[1], _scales(tensors, place)
+    y = x.new_empty(len(x), outputs)
+    step = max(1, _CHUNK_WEIGHTS // inputs)
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        some = {
+            "packed": tensors["packed"][start * inputs // 2 : stop * inputs // 2],
+            "absmax": absmax[start * inputs // BLOCK : stop * inputs // BLOCK],
+        }
+        torch.mm(x, decode(some, (stop - start, inputs), x.dtype).T, out=y[:, start:stop])
+    return y
 
 
 @cache

@@ -7,6 +7,7 @@ from torch import nn
 
 from llamero.checkpoint import gptq
 from llamero.checkpoint.codes import GroupCodes, unpack
+from llamero.model import nf4
 from llamero.model.linear import GroupLinear, encode, make_ready, ways
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -145,3 +146,14 @@ def test_a_layer_without_a_faster_way_stays_and_says_why():
     make_ready(model, torch.float32)
     assert model[0] is layer
     assert ways(model) == {"dequantized for every product (its groups differ in size)": 1}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nf4_products_have_the_weights_of_the_codes(double, dtype, monkeypatch):
+    monkeypatch.setattr(nf4, "_CHUNK_WEIGHTS", 256 * 50)
+    layer, x = packed_layer("nf4-double" if double else "nf4"), torch.randn(3, 5, 256, generator=GENERATOR).to(dtype)
+    assert layer.bias is not None
+    expected = F.linear(x, layer.dequantize(dtype), layer.bias.to(dtype))
+    torch.testing.assert_close(layer(x), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
+    assert layer.way() == "nf4, decoded in the cache"
