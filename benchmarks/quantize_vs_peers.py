@@ -164,8 +164,9 @@ def measure(args: argparse.Namespace, place: Path) -> None:
     cases = [case for case in CASES if not args.bits or case.bits in args.bits]
     together = ours(place / "together", args.model, tokens, [case.ours for case in cases])
     alone = ours(place / "alone", args.model, tokens, [cases[0].ours])
-    if isinstance(together, str) or isinstance(alone, str):
-        raise SystemExit(f"llamero failed: {together if isinstance(together, str) else alone}")
+    beside = ours(place / "beside", args.model, tokens, [*(case.ours for case in cases), *BESIDE])
+    if isinstance(together, str) or isinstance(alone, str) or isinstance(beside, str):
+        raise SystemExit(f"llamero failed: {[run for run in (together, alone, beside) if isinstance(run, str)]}")
     costs = {
         (program, case): theirs(program, case, place / f"{program}-{number}", args.model, tokens)
         for number, case in enumerate(cases)
@@ -187,24 +188,25 @@ def measure(args: argparse.Namespace, place: Path) -> None:
             else:
                 cells.append(spent or "–")
         print(f"| {case.name} | {kl['llamero', case]:.3e} | {' | '.join(cells)} |", flush=True)
-    report(args, cases, together, alone, costs, kl)
+    report(args, cases, (together, alone, beside), costs, kl)
 
 
 def report(
     args: argparse.Namespace,
     cases: list[Case],
-    together: Cost,
-    alone: Cost,
+    own: tuple[Cost, Cost, Cost],
     costs: dict[tuple[str, Case], Cost | str | None],
     kl: dict[tuple[str, Case], float],
 ) -> None:
-    """Print ratios and keep them."""
+    """Print ratios and keep them; `own` are all variants together, the first alone, and all with `BESIDE`."""
+    together, alone, beside = own
+    more = beside.work_seconds / together.work_seconds - 1
     print(
         f"\nllamero: {together.cpu_seconds:.1f} CPU-s for {len(cases)} variants ({together.work_seconds:.1f} of work), "
     )
     print(f"{alone.cpu_seconds:.1f} for the first alone ({alone.work_seconds:.1f}); peak {gib(together)} GiB.")
     marginal = (together.work_seconds - alone.work_seconds) / max(1, len(cases) - 1) / alone.work_seconds
-    print(f"A further variant costs {marginal:.1%} of the first.")
+    print(f"A further variant costs {marginal:.1%} of the first; {', '.join(BESIDE)} together {more:.1%} of all.")
     ratios: dict[str, Any] = {}
     for program in args.peers:
         made = [spent for case in cases if isinstance(spent := costs[program, case], Cost)]
@@ -237,6 +239,7 @@ def report(
         cpu_seconds=round(together.cpu_seconds, 1),
         work_seconds=round(together.work_seconds, 1),
         marginal=round(marginal, 4),
+        beside=round(more, 4),
         peak_gib=gib(together),
         ratios=ratios,
         kl={f"{program}: {case.name}": float(f"{value:.4e}") for (program, case), value in kl.items()},

@@ -109,8 +109,11 @@ def largest_gap(theirs, mine):
 
 
 def near(mine, theirs):
-    """Return whether weights are the same, or the same rounded to float16 as some kernels do."""
-    return torch.equal(mine, theirs) or torch.equal(mine.half(), theirs.half())
+    """Return whether weights are the same up to a rounding to bfloat16, in which bitsandbytes multiplies on CPUs.
+
+    Neighbouring codes are twenty times further apart.
+    """
+    return torch.allclose(mine, theirs, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
