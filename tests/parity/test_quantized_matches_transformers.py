@@ -109,11 +109,11 @@ def largest_gap(theirs, mine):
 
 
 def near(mine, theirs):
-    """Return whether weights are the same up to a rounding to bfloat16, in which bitsandbytes multiplies on CPUs.
+    """Return whether weights are the same up to the bfloat16 in which bitsandbytes computes them on CPUs.
 
-    Neighbouring codes are twenty times further apart.
+    Scale, code and product are rounded to it, up to a hundredth was seen; neighbouring codes are a quarter apart.
     """
-    return torch.allclose(mine, theirs, rtol=2**-8, atol=0)
+    return torch.allclose(mine, theirs, rtol=2**-6, atol=0)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
