@@ -30,8 +30,8 @@ class Variant:
     """A quantized model."""
 
     name: str
-    method: Literal["gptq", "rtn", "awq", "gguf", "gguf-rtn"]
-    layout: Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
+    method: Literal["gptq", "rtn", "awq", "gguf", "gguf-rtn", "bitsandbytes"]
+    layout: Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf", "bitsandbytes"]
     bits: int
     group_size: int
     """Input channels that share one grid; -1 is all of a row."""
