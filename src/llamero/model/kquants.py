@@ -75,6 +75,11 @@ class Fitted(Protocol):
     """Blocks whose scales are decided: a weight is `step · code − low`."""
 
     @property
+    def codes(self) -> Tensor:
+        """Return the code of every weight."""
+        ...
+
+    @property
     def ends(self) -> tuple[int, int]:
         """Return the smallest and the largest code."""
         ...

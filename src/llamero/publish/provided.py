@@ -51,7 +51,7 @@ def _how(variant: Variant) -> list[str]:
     group = "row" if variant.group_size == -1 else str(variant.group_size)
     if variant.layout == "gguf":
         group = NOTHING  # each type has groups of its own
-    if variant.method == "rtn":
+    if variant.method in ("rtn", "bitsandbytes"):
         return [str(variant.bits), group, NOTHING, NOTHING, "none: rounded to nearest", NOTHING]
     damp = NOTHING if variant.damp is None else f"{variant.damp:g}"
     calibration = f"{variant.calibration['source']}, {variant.tokens:,} tokens"

@@ -6,6 +6,7 @@ Told: model, out, tokens (a safetensors file with `ids`), bits, group_size, sym,
 
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from auto_round import AutoRound
@@ -28,7 +29,7 @@ tuner = AutoRound(
     nsamples=len(ids),
     seqlen=ids.shape[1],
     batch_size=told.get("batch", 8),
-    dataset=torch.utils.data.DataLoader(list(ids), batch_size=1),
+    dataset=torch.utils.data.DataLoader(cast("torch.utils.data.Dataset[torch.Tensor]", list(ids)), batch_size=1),
     device_map="cpu",
     enable_torch_compile=False,
 )

@@ -130,7 +130,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": Fals
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP, "zero_point": True}
 
 
-def ct(bits=4, *, sym=True, group=GROUP, **more):
+def ct(bits=4, *, sym=True, group: int | None = GROUP, **more):
     weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group" if group else "channel",
         "group_size": group, "actorder": None, "dynamic": False, "observer": "mse"}  # fmt: skip
     keys = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}

@@ -25,7 +25,7 @@ def legacy(entries, *, calls=3, tail=b""):
     data = struct.pack("<i", len(entries))
     for name, values in entries.items():
         data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, len(values))
-        data += (np.float32([float(value) for value in values]) * calls).tobytes()
+        data += (np.array([float(value) for value in values], dtype=np.float32) * np.float32(calls)).tobytes()
     return data + tail
 
 

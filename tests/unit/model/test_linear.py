@@ -8,7 +8,7 @@ from torch import nn
 from llamero.checkpoint import gptq
 from llamero.checkpoint.codes import GroupCodes, unpack
 from llamero.model import nf4
-from llamero.model.linear import GroupLinear, encode, make_ready, ways
+from llamero.model.linear import GroupLinear, ReadyLinear, encode, make_ready, ways
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -126,16 +126,18 @@ def test_a_ready_layer_computes_and_learns_as_the_packed_one(dtype):
     model = nn.Sequential(copy.deepcopy(layer))
     make_ready(model, torch.float32)
     assert ways(model) == {"unpacked in the cache": 1}
-    assert torch.equal(model[0].dequantize(torch.float32), layer.dequantize(torch.float32))
+    ready = model.get_submodule("0")
+    assert isinstance(ready, ReadyLinear)
+    assert torch.equal(ready.dequantize(torch.float32), layer.dequantize(torch.float32))
     x = torch.randn(2, 5, 64, generator=GENERATOR).to(dtype)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     found, expected = model(inputs[0]), layer(inputs[1])
-    close = {"atol": 0.02, "rtol": 0.02} if dtype == torch.bfloat16 else {}  # the sum has another order
-    torch.testing.assert_close(found, expected, **close)
+    within = 0.02 if dtype == torch.bfloat16 else 1e-5  # the sum has another order
+    torch.testing.assert_close(found, expected, atol=within, rtol=within)
     for y in (found, expected):
         y.sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **close)
-    torch.testing.assert_close(model[0].dense(torch.float32).weight, layer.dense(torch.float32).weight)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=within, rtol=within)
+    torch.testing.assert_close(ready.dense(torch.float32).weight, layer.dense(torch.float32).weight)
 
 
 def test_a_layer_without_a_faster_way_stays_and_says_why():

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from llamero.checkpoint.codes import GroupCodes
 from llamero.model.attention import Documents
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
@@ -84,7 +85,9 @@ def test_values_that_heads_share_are_not_scaled():
     problem = layer.inputs["self_attn.o_proj"]
     by_hand = awq.clip(problem.weight, problem.statistics.second_moment, bits=4, group_size=32)
     error = float((solution.codes["self_attn.o_proj"].dequantize() - by_hand).abs().max())
-    step = float(solution.codes["self_attn.o_proj"].scales.max())
+    codes = solution.codes["self_attn.o_proj"]
+    assert isinstance(codes, GroupCodes)
+    step = float(codes.scales.max())
     assert error <= step / 2 + 1e-3
 
 

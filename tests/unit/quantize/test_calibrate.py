@@ -131,7 +131,7 @@ def test_a_quantized_stream_flows_through_the_weights_it_is_given(model, tokens)
         for name, each in layer.statistics.items():
             check(each, seen[f"model.layers.{layer.number}.{name}"])
     for block in plain.model.layers:
-        block.mlp.down_proj.weight.data /= 2
+        block.get_parameter("mlp.down_proj.weight").data /= 2
     seen = brute_force(plain, tokens)
     for layer in found["halved"]:
         for name, each in layer.statistics.items():
@@ -199,9 +199,11 @@ def test_which_activations_variants_are_solved_from(mode, expected):
 def test_a_leader_fits_the_model_and_may_be_named():
     made = config("reference", *NAMES)
     (found,) = streams.plan(made, made.parsed(), {(96, 64)})
+    assert found.leader is not None
     assert found.leader.name == "gptq-4bit--1g-actorder_static-ct"
     made = config("reference", *NAMES, reference="rtn-3bit-32g")
     (found,) = streams.plan(made, made.parsed(), {(96, 64)})
+    assert found.leader is not None
     assert found.leader.name == "rtn-3bit-32g"
 
 

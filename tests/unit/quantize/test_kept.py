@@ -87,6 +87,8 @@ def test_what_flows_into_the_head_is_kept_too(model, tokens, tmp_path):
     for walk in walks:
         assert len(list(kept.layers(walk, model, SHAPE, who, root=tmp_path))) == 2
     first, again = (walk.head for walk in walks)
+    assert first is not None
+    assert again is not None
     assert first.tokens == again.tokens == sum(map(len, tokens))
     for name in ("energy", "mean_abs", "absmax"):
         assert torch.equal(getattr(first, name), getattr(again, name))

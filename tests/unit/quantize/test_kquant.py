@@ -21,16 +21,16 @@ def brute_force(w, h, kind, *, importance):
     """Optimal brain quantization in channel order: re-invert what is left at every step."""
     h = h.double() + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     w, width, made = w.double().clone(), KINDS[kind].block, torch.zeros_like(w)
-    for i in range(w.shape[1]):
-        if i % width == 0:
-            part = slice(i, i + width)
-            step, low = fit(w[:, part].float(), kind, importance=importance[part]).grid()
-            first, last = fit(w[:, part].float(), kind).ends
-        j = i % width
-        code = ((w[:, i].float() + low[:, j]) / step[:, j]).round().clamp(first, last)
-        made[:, i] = step[:, j] * code - low[:, j]
-        inverse = torch.linalg.inv(h[i:, i:])
-        w[:, i:] -= torch.outer((w[:, i] - made[:, i]) / inverse[0, 0], inverse[0])
+    for start in range(0, w.shape[1], width):
+        part = slice(start, start + width)
+        step, low = fit(w[:, part].float(), kind, importance=importance[part]).grid()
+        first, last = fit(w[:, part].float(), kind).ends
+        for i in range(start, start + width):
+            j = i - start
+            code = ((w[:, i].float() + low[:, j]) / step[:, j]).round().clamp(first, last)
+            made[:, i] = step[:, j] * code - low[:, j]
+            inverse = torch.linalg.inv(h[i:, i:])
+            w[:, i:] -= torch.outer((w[:, i] - made[:, i]) / inverse[0, 0], inverse[0])
     return made
 
 
