@@ -6,6 +6,7 @@ known before anything runs: `llamero check` prints it, `llamero run` makes what 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -47,6 +48,8 @@ class Stage:
     """Whether all processes of a run make it, each a part; else the first does while the others wait."""
     wanted: Callable[[], bool] = lambda: True
     """Asked when the stages before it are made: whether it is to be made at all."""
+    passing: tuple[Path, ...] = ()
+    """Directories that are of no use any more when all of it is made."""
 
     @property
     def identity(self) -> Identity:
@@ -278,6 +281,8 @@ class Plan:
             return
         identities = {name: self._variant(config, name) for name in config.variants}
         self.models |= identities
+        name = files.digest({variant: identity.digest for variant, identity in identities.items()})
+        progress = self.out / f"quantize-{name[: artifact.DIGITS]}.progress"
 
         def make(builds: Builds) -> None:
             from llamero.quantize.run import run
@@ -290,11 +295,12 @@ class Plan:
                 out=lambda variant: builds[variant.name].path,
                 tokens=drawn.sequences,
                 keep_in=self.out,
+                progress=progress,
             )
             for report in reports:
                 builds[report.variant.name].summary = report.to_json() | {"calibration": drawn.to_json()}
 
-        self.stages.append(Stage("quantize", identities, make))
+        self.stages.append(Stage("quantize", identities, make, passing=(progress,)))
 
     def _variant(self, config: QuantizeConfig, name: str) -> Identity:
         said = config.model_dump(mode="json", exclude={"variants", "calibration", "imatrix", *AFTERWARDS})
@@ -634,6 +640,9 @@ def _make(stage: Stage, out: Path) -> list[Row]:
     if missing:
         with ExitStack() as stack:
             stage.make({name: stack.enter_context(artifact.build(out, i)) for name, i in missing.items()})
+    if not _missing(stage, out):
+        for path in stage.passing:
+            shutil.rmtree(path, ignore_errors=True)
     seconds = (time.monotonic() - began) / max(1, len(missing))
     return [
         Row(name, "made" if name in missing else "kept", seconds if name in missing else 0.0, identity.path(out))

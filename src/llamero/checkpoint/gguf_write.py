@@ -1,10 +1,9 @@
 """GGUF files in the making: everything about the tensors is known first, then their data comes one by one."""
 
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from llamero.checkpoint.gguf import (
     padded,
     split_name,
 )
+from llamero.checkpoint.unfinished import UnfinishedFile
 
 
 class GgufWriter:
@@ -33,6 +33,7 @@ class GgufWriter:
         values: Metadata.
         specs: Shape and type of every tensor, in the order of the file.
         shard_bytes: Most bytes of tensors in one file; a larger tensor has a file to itself. All in one without it.
+        written: As of `hf.ShardWriter`.
     """
 
     def __init__(
@@ -43,30 +44,27 @@ class GgufWriter:
         specs: Mapping[str, TensorSpec],
         *,
         shard_bytes: int | None = None,
+        written: Collection[str] | None = None,
     ) -> None:
         shards = shares(specs, shard_bytes)
         count = len(shards)
         names = [split_name(stem, i, count) for i in range(count)] if count > 1 else [f"{stem}.gguf"]
         self.paths = [directory / name for name in names]
-        self._specs, self._missing = dict(specs), set(specs)
-        self._beside = [path.with_name(f".{path.name}.new") for path in self.paths]
-        self._files: list[BinaryIO] = []
-        self._offsets: dict[str, tuple[BinaryIO, int]] = {}
+        self._specs = dict(specs)
+        self.missing = dict.fromkeys(name for name in specs if name not in (written or ()))
+        """Names of the tensors that have not come."""
+        self._files: list[UnfinishedFile] = []
+        self._offsets: dict[str, tuple[UnfinishedFile, int]] = {}
         for number, share in enumerate(shards):
             split = _split_values(number, count, len(specs)) if count > 1 else {}
-            self._begin(self._beside[number], {**(values if number == 0 else {}), **split}, share)
-
-    def _begin(self, path: Path, values: Mapping[str, Value], specs: Mapping[str, TensorSpec]) -> None:
-        text = header(values, specs)
-        file = path.open("wb")
-        self._files.append(file)
-        path.chmod(0o644)  # whatever the umask: a release is for everybody to read
-        file.write(text)
-        at = len(text)
-        for name, spec in specs.items():
-            self._offsets[name] = file, at
-            at += padded(spec.nbytes, ALIGNMENT)
-        file.truncate(at)
+            text = header({**(values if number == 0 else {}), **split}, share)
+            length = len(text) + sum(padded(spec.nbytes, ALIGNMENT) for spec in share.values())
+            file = UnfinishedFile(self.paths[number], text, length=length, begun=written is not None)
+            self._files.append(file)
+            at = len(text)
+            for name, spec in share.items():
+                self._offsets[name] = file, at
+                at += padded(spec.nbytes, ALIGNMENT)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor; the order does not matter.
@@ -75,7 +73,7 @@ class GgufWriter:
             name: Of the tensor.
             tensor: As `Gguf.__getitem__` returns it: of the type's dtype, or the bytes of its rows.
         """
-        if name not in self._missing:
+        if name not in self.missing:
             raise ValueError(f"tensor {name} was not announced, or came before")
         spec = self._specs[name]
         dtype = dtype_of(spec.type)
@@ -83,30 +81,31 @@ class GgufWriter:
         if tuple(tensor.shape) != shape or tensor.dtype != (dtype or torch.uint8):
             raise ValueError(f"announced {name} {spec}, came {tuple(tensor.shape)} {tensor.dtype}")
         file, offset = self._offsets[name]
-        data = tensor.detach().cpu().contiguous()
-        if data.numel():
-            file.seek(offset)
-            file.write(data.view(-1).view(torch.uint8).numpy().data)
-        self._missing.discard(name)
+        file.write(offset, tensor)
+        del self.missing[name]
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
         """Finish the files and give them their names."""
-        if self._missing:
-            self.abandon()
-            raise ValueError(f"tensors were announced and never came: {', '.join(sorted(self._missing))}")
+        if self.missing:
+            self.remove()
+            raise ValueError(f"tensors were announced and never came: {', '.join(sorted(self.missing))}")
         for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        for beside, path in zip(self._beside, self.paths, strict=True):
-            beside.replace(path)
+            file.finish()
 
     def abandon(self) -> None:
-        """Close what is open and remove what is unfinished."""
+        """Close what is open and leave it unfinished."""
         for file in self._files:
             file.close()
-        for beside in self._beside:
-            beside.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Close what is open and remove what is unfinished."""
+        for file in self._files:
+            file.remove()
 
     def __enter__(self) -> "GgufWriter":
         return self
@@ -115,7 +114,7 @@ class GgufWriter:
         if kind is None:
             self.close()
         else:
-            self.abandon()
+            self.remove()
 
 
 def sizes(values: Mapping[str, Value], specs: Mapping[str, TensorSpec], shard_bytes: int | None = None) -> list[int]:

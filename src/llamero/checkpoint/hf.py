@@ -7,15 +7,16 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llamero.checkpoint.unfinished import UnfinishedFile
 from llamero.core import gguf
 from llamero.core.errors import LlameroError
 
@@ -253,60 +254,81 @@ release carries along is decided in `publish/place.py`, what is downloaded in `c
 
 
 class ShardWriter:
-    """Safetensors shards (and their index) in the making; tensors come one by one, in the announced order.
+    """Safetensors shards (and their index) in the making; no file has its name before it is whole.
 
     Args:
         directory: Where to.
-        specs: Name, shape and dtype of every tensor, in the order in which `add` brings them.
+        specs: Name, shape and dtype of every tensor, in the order of the files.
         stem: First part of the file names.
         shard_bytes: Largest shard; a tensor that is larger has a shard to itself.
+        written: Names of the tensors that an earlier writer of the same files has written and synced; its unfinished
+            files are gone on with. `None`: they are begun.
+
+    Raises:
+        LlameroError: The unfinished files are not those of this writer.
     """
 
     def __init__(
-        self, directory: Path, specs: Mapping[str, Spec], *, stem: str = "model", shard_bytes: int = SHARD_BYTES
+        self,
+        directory: Path,
+        specs: Mapping[str, Spec],
+        *,
+        stem: str = "model",
+        shard_bytes: int = SHARD_BYTES,
+        written: Collection[str] | None = None,
     ) -> None:
         self._specs = dict(specs)
-        self._shards = _plan(specs, shard_bytes)
-        count = len(self._shards)
+        shards = _plan(specs, shard_bytes)
+        count = len(shards)
         names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         self.paths = [directory / name for name in (names if count > 1 else [f"{stem}.safetensors"])]
         self._index = directory / f"{stem}.safetensors.index.json" if count > 1 else None
-        self._order = [(shard, name) for shard, names in enumerate(self._shards) for name in names]
-        self._done = 0
-        self._shard = 0
-        self._file = self._open(0)
+        self._shard = {name: shard for shard, members in enumerate(shards) for name in members}
+        self.missing = dict.fromkeys(name for name in specs if name not in (written or ()))
+        """Names of the tensors that have not come."""
+        self._files: list[UnfinishedFile] = []
+        self._offsets: dict[str, int] = {}
+        for path, members in zip(self.paths, shards, strict=True):
+            beginning = _beginning({name: specs[name] for name in members})
+            self._files.append(UnfinishedFile(path, beginning, begun=written is not None))
+            offset = len(beginning)
+            for name in members:
+                self._offsets[name] = offset
+                offset += specs[name].nbytes
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        if self._done == len(self._order):
-            raise ValueError(f"tensor {name} was not announced")
-        shard, expected = self._order[self._done]
-        spec = self._specs[expected]
-        if name != expected or Spec(tuple(tensor.shape), tensor.dtype) != spec:
-            raise ValueError(f"announced {expected} {spec}, came {name} {tuple(tensor.shape)} {tensor.dtype}")
-        if shard != self._shard:
-            self._file.close()
-            self._shard, self._file = shard, self._open(shard)
-        data = tensor.detach().cpu().contiguous()
-        if data.numel():
-            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
-        self._done += 1
+        """Write a tensor; the order does not matter."""
+        if name not in self.missing:
+            raise ValueError(f"tensor {name} was not announced, or came before")
+        spec = self._specs[name]
+        if Spec(tuple(tensor.shape), tensor.dtype) != spec:
+            raise ValueError(f"announced {name} {spec}, came {tuple(tensor.shape)} {tensor.dtype}")
+        self._files[self._shard[name]].write(self._offsets[name], tensor)
+        del self.missing[name]
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
-        """Finish the last shard and write the index."""
-        self._file.close()
-        if self._done < len(self._order):
-            raise ValueError(f"tensor {self._order[self._done][1]} was announced and never came")
+        """Finish the files, give them their names and write the index."""
+        if self.missing:
+            self.abandon()
+            raise ValueError(f"tensor {next(iter(self.missing))} was announced and never came")
+        for file in self._files:
+            file.finish()
         if self._index is not None:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in self._specs.values())},
-                "weight_map": {name: self.paths[shard].name for shard, name in self._order},
+                "weight_map": {name: self.paths[shard].name for name, shard in self._shard.items()},
             }
             self._index.write_text(json.dumps(index, indent=2) + "\n")
 
     def abandon(self) -> None:
         """Close what is open and leave it unfinished."""
-        self._file.close()
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -316,13 +338,6 @@ class ShardWriter:
             self.close()
         else:
             self.abandon()
-
-    def _open(self, shard: int) -> BinaryIO:
-        start = _beginning({name: self._specs[name] for name in self._shards[shard]})
-        file = self.paths[shard].open("wb")
-        self.paths[shard].chmod(0o644)  # whatever the umask: a release is for everybody to read
-        file.write(start)
-        return file
 
 
 def write_tensors(
@@ -337,7 +352,7 @@ def write_tensors(
 
     Args:
         directory: Where to.
-        specs: Name, shape and dtype of every tensor, in the order in which `tensors` brings them.
+        specs: Name, shape and dtype of every tensor, in the order of the files.
         tensors: The tensors.
         stem: First part of the file names.
         shard_bytes: Largest shard; a tensor that is larger has a shard to itself.

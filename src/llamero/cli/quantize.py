@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import ExitStack
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -157,6 +157,7 @@ def _config(keys: dict[str, Any]) -> QuantizeConfig:
 
 
 def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> None:
+    from llamero.core.artifact import alone_in
     from llamero.core.download import resolve_model
     from llamero.core.files import disk_errors_named
 
@@ -166,22 +167,24 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     from llamero.model.load import load_config
     from llamero.quantize.choose import choose
     from llamero.quantize.needs import needs
+    from llamero.quantize.progress import END, decided, forget, place
     from llamero.quantize.run import run as make
     from llamero.quantize.sequences import draw
     from llamero.text.tokenizer import load_tokenizer
 
     chosen, left = choose(config, load_config(directory), source=directory, where=model)
     config = config.model_copy(update={"variants": tuple(variant.name for variant in chosen)})
-    names = [name + end for name in config.variants for end in ("", measured.REJECTED)]
-    taken = [str(out_dir / name) for name in names if (out_dir / name).exists()]
-    if taken:
-        raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
-    partial = {name: out_dir / f"{name}.partial" for name in config.variants}
-    for path in partial.values():
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was cut off
-    with Bars(), disk_errors_named(out_dir):
+    if not any(out_dir.glob(f"*{END}")):
+        _refuse_taken(out_dir, config.variants)
+    with Bars(), disk_errors_named(out_dir), ExitStack() as stack:
         tokenizer = load_tokenizer(directory)
         drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
+        progress = place(out_dir, decided(config, model=directory, tokens=drawn.sequences))
+        partial = {name: progress / name for name in config.variants}
+        _say_unfinished(out_dir, progress)
+        _take_back(out_dir, progress, config.variants)
+        _refuse_taken(out_dir, config.variants)
+        stack.enter_context(alone_in(progress))
         texts = measured.read_texts(config, tokenizer, directory, drawn)
         about = needs(load_config(directory), [len(ids) for ids in drawn.sequences])
         disk = about.file + (about.kept if config.calibration.keep else 0)
@@ -193,11 +196,14 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
             out=lambda variant: partial[variant.name],
             tokens=drawn.sequences,
             keep_in=out_dir,
+            progress=progress,
         )
         outcome = measured.measure(config, texts, model=directory, name=directory.name, variants=partial)
         measured.write_report(out_dir, reports, drawn, outcome)
-    for name, path in partial.items():
-        path.rename(out_dir / (name if outcome.verdicts[name].published else name + measured.REJECTED))
+        (progress / PLACING).touch()
+        for name, path in partial.items():
+            path.rename(out_dir / (name if outcome.verdicts[name].published else name + measured.REJECTED))
+        forget(progress)
     _say_calibration(drawn)
     passed = "statistics of an earlier run were used" if reports[0].reused else "one pass through the model"
     out.print(f"{passed}, in {reports[0].compute}")
@@ -210,6 +216,40 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     out.print(f"written to {out_dir}", soft_wrap=True)
     if not all(verdict.published for verdict in outcome.verdicts.values()):
         raise SystemExit(1)
+
+
+PLACING = "placing"
+"""File that tells that variants are being given their final names."""
+
+
+def _refuse_taken(out_dir: Path, variants: Sequence[str]) -> None:
+    places = [out_dir / (name + end) for name in variants for end in ("", measured.REJECTED)]
+    taken = [str(path) for path in places if path.exists()]
+    if taken:
+        raise LlameroError(f"is there already: {', '.join(taken)}", where=out_dir, fix="choose another directory")
+
+
+def _take_back(out_dir: Path, progress: Path, variants: Sequence[str]) -> None:
+    """Undo what a run had done that was cut off while it gave variants their names."""
+    if not (progress / PLACING).exists():
+        return
+    for name in variants:
+        for path in (out_dir / name, out_dir / (name + measured.REJECTED)):
+            if path.exists() and not (progress / name).exists():
+                path.rename(progress / name)
+    (progress / PLACING).unlink()
+
+
+def _say_unfinished(out_dir: Path, progress: Path) -> None:
+    """Say what other commands have left unfinished, and whether this one goes on with what it had begun."""
+    from llamero.quantize.progress import END
+
+    if progress.exists():
+        out.print(f"going on with what {progress} has", soft_wrap=True, highlight=False, markup=False)
+    for path in sorted(out_dir.glob(f"*{END}")):
+        if path != progress:
+            said = f"{path} is what another command has left unfinished; that command goes on with it, or remove it"
+            out.print(f"note: {said}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _say_calibration(drawn: Drawn) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import local
 
@@ -25,7 +26,7 @@ from llamero.model.layered import Layered
 from llamero.model.llama import Block, RMSNorm
 from llamero.model.load import empty_model, load_block
 from llamero.quantize.statistics import INPUTS, Channels, Statistics, Sums, units
-from llamero.quantize.waiting import Waiting
+from llamero.quantize.waiting import KeptWaiting, Waiting
 
 GROUP_TOKENS = 2048
 """Sequences go through a layer together until they have this many tokens."""
@@ -77,6 +78,8 @@ class Walk:
         streams: Names of the activations to follow. Each layer is seen once for each of them; all but `UNQUANTIZED`
             flow on through the `weights` that whoever iterates puts into a layer.
         spill: Directory for activations that do not fit into memory.
+        waiting: Makes what holds the activations of a stream, of its name, the tokens of each group, their width and
+            dtype; perhaps those of an earlier walk, which is then gone on with.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Walk:
         device: str | torch.device = "cpu",
         streams: Sequence[str] = (UNQUANTIZED,),
         spill: Path | None = None,
+        waiting: Callable[[str, list[int], int, torch.dtype], Waiting | KeptWaiting] | None = None,
     ) -> None:
         check_tokens(tokens, config)
         self.head: Channels | None = None
@@ -98,16 +102,28 @@ class Walk:
         self._tensors = hf.open_tensors(directory)
         self._groups = _groups(config, tokens, self.device)
         lengths = [sum(group.layout.lengths) for group in self._groups]
-        self._streams = {
-            name: Waiting(lengths, config.hidden_size, dtype, directory=None if spill is None else spill)
-            for name in streams
-        }
+        if waiting is None:
+            waiting = partial(_waiting, spill)
+        self._streams = {name: waiting(name, lengths, config.hidden_size, dtype) for name in streams}
+
+    @property
+    def first(self) -> int:
+        """Return the first layer that is to be run."""
+        return min(waiting.layer or 0 for waiting in self._streams.values())
+
+    def restart(self) -> None:
+        """Forget an earlier walk."""
+        for waiting in self._streams.values():
+            waiting.layer = None
 
     def __iter__(self) -> Iterator[Layer]:
         """Yield decoder layer after decoder layer with its statistics, for each stream in turn."""
         self._embed()
-        for number in progress.track(range(self._config.num_layers), "calibrate and solve", unit="layers"):
+        layers = range(self.first, self._config.num_layers)
+        for number in progress.track(layers, "calibrate and solve", unit="layers"):
             for name, waiting in self._streams.items():
+                if waiting.layer != number:
+                    continue  # it went on before the walk was cut off
                 statistics = self._observe(number, waiting, flows_on=name == UNQUANTIZED)
                 block = load_block(self._config, self._tensors, number, dtype=torch.float32, device=self.device)
                 layer = Layer(number, block, statistics, name)
@@ -117,17 +133,21 @@ class Walk:
                 del layer  # before the next one is read, not after
                 if name != UNQUANTIZED:
                     self._flow_on(number, waiting, weights)
+                waiting.turn()
         self.head = self._end(next(iter(self._streams.values())))
 
     def _embed(self) -> None:
         with self._model.embedding() as lookup, torch.no_grad():
             for waiting in self._streams.values():
+                if waiting.layer is not None:
+                    continue
                 for number, group in enumerate(self._groups):
                     stop = group.start + len(group.layout.lengths)
                     ids = torch.cat([ids.long() for ids in self._tokens[group.start : stop]])
                     waiting[number] = lookup.model.embed_tokens(ids.to(self.device)).to("cpu", self._model.dtype)
+                waiting.turn()
 
-    def _observe(self, number: int, waiting: Waiting, *, flows_on: bool) -> dict[str, Statistics]:
+    def _observe(self, number: int, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> dict[str, Statistics]:
         """Send everything through a layer and return what flowed into its linear layers.
 
         Args:
@@ -143,7 +163,7 @@ class Walk:
             self._run(block, waiting, flows_on=flows_on)
         return {name: recorder.sums.statistics(recorder.where) for name, recorder in recorders.items()}
 
-    def _flow_on(self, number: int, waiting: Waiting, weights: Mapping[str, Tensor]) -> None:
+    def _flow_on(self, number: int, waiting: Waiting | KeptWaiting, weights: Mapping[str, Tensor]) -> None:
         if not weights:
             raise ValueError(f"layer {number} was given no weights to flow on through")
         with self._model.layer(number) as block:
@@ -151,7 +171,7 @@ class Walk:
                 block.get_parameter(name).data.copy_(value)
             self._run(block, waiting, flows_on=True)
 
-    def _run(self, block: Block, waiting: Waiting, *, flows_on: bool) -> None:
+    def _run(self, block: Block, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> None:
         @torch.no_grad()
         def one(number: int) -> None:
             group = _current.group = self._groups[number]
@@ -161,7 +181,7 @@ class Walk:
 
         self._for_all(one)
 
-    def _end(self, waiting: Waiting) -> Channels:
+    def _end(self, waiting: Waiting | KeptWaiting) -> Channels:
         """Return what flows into the head."""
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         norm.weight.data = self._tensors["model.norm.weight"].to(self.device, self._model.dtype)
@@ -188,6 +208,10 @@ class Walk:
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
+
+
+def _waiting(directory: Path | None, _: str, lengths: list[int], width: int, dtype: torch.dtype) -> Waiting:
+    return Waiting(lengths, width, dtype, directory=directory)
 
 
 _current = local()

@@ -1,5 +1,6 @@
 """A GGUF file in the making: layers come as they are solved, everything else is rounded here."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ class GgufVariantWriter:
         source: Directory of the unquantized model.
         dtype: Of what is not quantized in other layouts; here the mix decides.
         shard_bytes: Largest file.
+        written: As of `VariantWriter`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class GgufVariantWriter:
         source: Path,
         dtype: torch.dtype,
         shard_bytes: int | None = None,
+        written: Collection[str] | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self._source = directory, source
@@ -54,9 +57,11 @@ class GgufVariantWriter:
         self.bits_per_weight = self._bits_per_weight(model)
         shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
         stem = f"model-{variant.mix}"
-        self._file = GgufWriter(directory, stem, described.values, self._specs, shard_bytes=shard_bytes)
-        if isinstance(config.rope, Llama3):
-            self._file.add(ROPE_FREQUENCIES, config.rope.divisors())
+        values, specs = described.values, self._specs
+        self._file = GgufWriter(directory, stem, values, specs, shard_bytes=shard_bytes, written=written)
+        self._unsynced: list[str] = []
+        if isinstance(config.rope, Llama3) and ROPE_FREQUENCIES in self._file.missing:
+            self._add(ROPE_FREQUENCIES, config.rope.divisors())
 
     def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
         """Write a tensor of which no solution is known: embedding, head, norms, biases; see `Writer.add`."""
@@ -69,16 +74,27 @@ class GgufVariantWriter:
         self._write(name, codes)
 
     def add_layer(self, number: int, block: Block, solution: Solution) -> None:
-        """Write a decoder layer; arguments as of `VariantWriter.add_layer`."""
+        """Write what is solved of a decoder layer; arguments as of `VariantWriter.add_layer`."""
+        prefix = f"model.layers.{number}."
+        for owner, codes in solution.codes.items():
+            if not isinstance(codes, BlockCodes):
+                raise ValueError(f"{prefix}{owner} was not solved for a GGUF file")
+            self._write(f"{prefix}{owner}.weight", codes)
+        for name, value in solution.changed.items():
+            self.add(prefix + name, value)
+
+    def add_rest(self, number: int, block: Block) -> None:
+        """Write what has not come of a decoder layer, unchanged."""
         prefix = f"model.layers.{number}."
         for name, parameter in block.named_parameters():
-            codes = solution.codes.get(name.removesuffix(".weight"))
-            if codes is None:
-                self.add(prefix + name, solution.changed.get(name, parameter))
-            elif isinstance(codes, BlockCodes):
-                self._write(prefix + name, codes)
-            else:
-                raise ValueError(f"{prefix}{name} was not solved for a GGUF file")
+            if _named(prefix + name) in self._file.missing:
+                self.add(prefix + name, parameter)
+
+    def sync(self) -> list[str]:
+        """Force to disk what was written since the last time, and return the names of these tensors."""
+        self._file.sync()
+        names, self._unsynced = self._unsynced, []
+        return names
 
     def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights and return the size of the weights in bytes.
@@ -90,14 +106,18 @@ class GgufVariantWriter:
         return sum(path.stat().st_size for path in self._file.paths)
 
     def abandon(self) -> None:
-        """Remove what is unfinished."""
+        """Close what is open and leave it unfinished."""
         self._file.abandon()
 
     def _write(self, name: str, codes: BlockCodes) -> None:
         theirs = _named(name)
         if codes.kind != self._specs[theirs].type.name:
             raise ValueError(f"{theirs} is to be {self._specs[theirs].type.name}, came {codes.kind}")
-        self._file.add(theirs, rows_to_gguf(name, codes.data, self._head_dim))
+        self._add(theirs, rows_to_gguf(name, codes.data, self._head_dim))
+
+    def _add(self, theirs: str, tensor: Tensor) -> None:
+        self._file.add(theirs, tensor)
+        self._unsynced.append(theirs)
 
     def _bits_per_weight(self, model: Llama) -> float:
         specs = [self._specs[_named(f"{name}.weight")] for name in quantized_layers(model)]

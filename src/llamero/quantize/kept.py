@@ -62,7 +62,9 @@ def bytes_of(config: LlamaConfig) -> int:
     return config.num_layers * sum(2 * width * (width + ROWS) for width in wide)
 
 
-def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root: Path) -> Generator[Layer, None, None]:
+def layers(
+    walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root: Path, first: int = 0
+) -> Generator[Layer, None, None]:
     """Yield the layers of a walk, from what is kept of it or else keeping it.
 
     Args:
@@ -71,6 +73,7 @@ def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root:
         config: Its shape.
         who: What decides the statistics.
         root: Where they are kept.
+        first: Layer from which on they are asked for, where all are kept.
 
     Raises:
         LlameroError: What is kept is damaged.
@@ -78,12 +81,17 @@ def layers(walk: Walk, model: Path, config: LlamaConfig, who: Identity, *, root:
     found = artifact.find(root, who)
     if found is not None:
         log.info("statistics of an earlier run are used: %s", found.path)
-        yield from _read(found, model, config, walk)
+        yield from _read(found, model, config, walk, first)
         return
-    shutil.rmtree(artifact.partial(root, who), ignore_errors=True)  # of a run that was cut off
+    unfinished = artifact.partial(root, who)  # of a run that was cut off
+    if not all((unfinished / f"{_stem(number)}.safetensors").exists() for number in range(walk.first)):
+        walk.restart()
+    if walk.first == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
     log.info("statistics are kept: about %.1f GB in %s", bytes_of(config) / 1e9, who.path(root))
     with artifact.build(root, who) as build:
-        digests: dict[str, str] = {}
+        done = [build.path / f"{_stem(number)}.safetensors" for number in range(walk.first)]
+        digests = {path.name: files.sha256(path) for path in done}
         for layer in walk:
             path = _write(build.path, layer)
             digests[path.name] = files.sha256(path)
@@ -127,10 +135,10 @@ def _rows(width: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + ROWS, width)
 
 
-def _read(found: Artifact, model: Path, config: LlamaConfig, walk: Walk) -> Iterator[Layer]:
+def _read(found: Artifact, model: Path, config: LlamaConfig, walk: Walk, first: int) -> Iterator[Layer]:
     weights, tensors, device = hf.open_tensors(model), hf.open_tensors(found.path), walk.device
     _check(found, HEAD)
-    for number in progress.track(range(config.num_layers), "solve", unit="layers"):
+    for number in progress.track(range(first, config.num_layers), "solve", unit="layers"):
         _check(found, _stem(number))
         statistics = {name: _statistics(tensors, f"{number}.{name}", device) for name in INPUTS}
         block = load_block(config, weights, number, dtype=torch.float32, device=device)

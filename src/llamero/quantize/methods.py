@@ -100,3 +100,6 @@ METHODS: dict[str, Method] = {
 
 DAMPED = frozenset({"gptq", "gguf"})
 """Methods that damp the second moment."""
+
+TOGETHER = frozenset({"awq"})
+"""Methods that need all of a decoder layer at once; others solve linear layers with the same inputs by themselves."""

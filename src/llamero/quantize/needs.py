@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamero.model.config import LlamaConfig
-from llamero.quantize import kept, waiting
+from llamero.quantize import kept
 from llamero.quantize.calibrate import GROUP_TOKENS
 
 _PROGRAM = 500_000_000
@@ -18,7 +18,7 @@ class Needs:
     memory: int
     """Of the process, one stream of activations and one variant at a time."""
     file: int
-    """Of activations that wait on disk while it lasts."""
+    """Of activations that wait on disk while it lasts, before and after a layer, so that a killed run goes on."""
     kept: int
     """Of statistics on disk where they are kept."""
 
@@ -44,8 +44,6 @@ def needs(config: LlamaConfig, lengths: Sequence[int], *, itemsize: int = 2, sol
     activations = sum(lengths) * hidden * itemsize
     group = min(sum(lengths), GROUP_TOKENS + max(lengths))
     passing = group * (3 * hidden + 3 * inner) * itemsize + 3 * 4 * group * inner
-    in_file = activations > waiting.MEMORY_BYTES
     through = max(weights * itemsize + passing, 4 * weights, max(moments)) + sum(moments)
     solving = 8 * weights + 2 * sum(moments) + 3 * 4 * hidden * inner if solve else 0
-    memory = _PROGRAM + max(through, solving) + (0 if in_file else activations)
-    return Needs(memory, activations if in_file else 0, kept.bytes_of(config))
+    return Needs(_PROGRAM + max(through, solving), 2 * activations, kept.bytes_of(config))

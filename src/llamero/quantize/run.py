@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,16 +16,20 @@ from llamero.checkpoint import hf, loaders, packed
 from llamero.checkpoint.gguf_names import to_gguf
 from llamero.checkpoint.imatrix import Imatrix, write_imatrix
 from llamero.core import artifact
+from llamero.core.artifact import Identity
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
+from llamero.model.llama import Llama
 from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
 from llamero.quantize import calibrate, importance, kept, sensitivity, streams
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
 from llamero.quantize.gguf import GgufVariantWriter
-from llamero.quantize.methods import DAMPED, METHODS
+from llamero.quantize.methods import DAMPED, METHODS, TOGETHER
 from llamero.quantize.problem import LayerProblems, Solution, pose
+from llamero.quantize.progress import END, REST, Commit, Progress, decided
 from llamero.quantize.sensitivity import Sensitivity
+from llamero.quantize.statistics import INPUTS, Channels
 from llamero.quantize.streams import Stream
 from llamero.quantize.variants import Layout, Variant, refuse_misfits
 from llamero.quantize.write import VariantWriter, Writer, widths
@@ -38,6 +43,10 @@ WRITERS: dict[Layout, Callable[..., Writer]] = {
     "bitsandbytes": VariantWriter,
 }
 """What writes each layout; arguments are those of `VariantWriter`."""
+
+
+WHOLE = "layer"
+"""All linear layers of a decoder layer, as a part of it that is solved at once."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,66 @@ class VariantReport:
 class _Work:
     """One variant in progress."""
 
-    def __init__(self, variant: Variant, writer: Writer) -> None:
-        self.variant, self.writer = variant, writer
-        self.modules: list[ModuleReport] = []
-        self.importance: dict[str, Tensor] = {}
-        """Of input channels, by the names of GGUF tensors; only of GGUF variants."""
-        self.seconds = 0.0
+    def __init__(self, variant: Variant, writer: Writer, progress: Progress) -> None:
+        self.variant, self.writer, self._progress = variant, writer, progress
+        self._parts = (WHOLE,) if variant.method in TOGETHER else tuple(INPUTS)
+
+    def first(self, layers: int) -> int:
+        """Return the first decoder layer of which something is missing, or how many there are."""
+        missing = (n for n in range(layers) if not all(self.done(n, part) for part in (*self._parts, REST)))
+        return next(missing, layers)
+
+    def done(self, layer: int | None, part: str) -> bool:
+        """Return whether a part of a decoder layer is on disk, or something outside of them."""
+        return self._progress.done(self.variant.name, layer, part)
+
+    def commit(
+        self,
+        layer: int | None,
+        part: str,
+        *,
+        modules: Sequence[ModuleReport] = (),
+        importance: Mapping[str, Tensor] | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """Force to disk what was written, and note it: from then on it is never done again."""
+        name, began = self.variant.name, time.perf_counter()
+        tensors = self.writer.sync()
+        if importance:
+            self._progress.put(_importance(name, layer, part), {k: v.float() for k, v in importance.items()})
+        seconds += time.perf_counter() - began
+        told = [asdict(module) for module in modules]
+        self._progress.commit(name, Commit(layer, part, tensors, told, seconds))
+
+    @property
+    def modules(self) -> tuple[ModuleReport, ...]:
+        """Return the reports of all linear layers, in the order of the model."""
+        leaves = [name for names in INPUTS.values() for name in names]
+        commits = (each for each in self._progress.commits(self.variant.name) if each.layer is not None)
+        found = [(each.layer, ModuleReport(**module)) for each in commits for module in each.modules]
+        places = {name: place for place, name in enumerate(leaves)}
+        found.sort(key=lambda each: (each[0], places[each[1].name.split(".", 3)[3]]))
+        return tuple(module for _, module in found)
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Return the importance of input channels, by the names of GGUF tensors; only of GGUF variants."""
+        places = {part: place for place, part in enumerate([*INPUTS, WHOLE, REST])}
+        commits = self._progress.commits(self.variant.name)
+        commits.sort(key=lambda each: (each.layer is None, each.layer or 0, places.get(each.part, 0), each.part))
+        found: dict[str, Tensor] = {}
+        for each in commits:
+            found |= self._progress.get(_importance(self.variant.name, each.layer, each.part))
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds that were spent on it, in all processes."""
+        return sum(each.seconds for each in self._progress.commits(self.variant.name))
+
+
+def _importance(variant: str, layer: int | None, part: str) -> str:
+    return f"importance-{variant}-{part if layer is None else f'{layer}.{part}'}"
 
 
 def run(
@@ -133,6 +196,7 @@ def run(
     device: str | torch.device = "cpu",
     shard_bytes: int | None = None,
     keep_in: Path | None = None,
+    progress: Path | None = None,
 ) -> list[VariantReport]:
     """Write every variant of a model and return what became of each.
 
@@ -146,6 +210,8 @@ def run(
         device: Where to compute.
         shard_bytes: Largest file of weights; each layout has a custom of its own.
         keep_in: Directory where `calibration.keep` keeps statistics, and finds those of earlier runs.
+        progress: Directory that remembers what is finished, so that the same call goes on after a kill. It stays,
+            for whoever gives the variants their final places; see `progress.forget`.
     """
     if packed.read_format(model) is not None:
         raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
@@ -159,34 +225,91 @@ def run(
     tensors = hf.open_tensors(model)
     stored = stored_names(meta, tensors)
     with ExitStack() as stack:
+        if progress is None:
+            place = out(variants[0]).parent
+            place.mkdir(parents=True, exist_ok=True)
+            progress = Path(stack.enter_context(TemporaryDirectory(prefix="quantize-", suffix=END, dir=place)))
+        so_far = Progress(progress, decided(config, model=model, tokens=tokens, device=device, shard_bytes=shard_bytes))
+        stack.callback(so_far.close)
         works = []
         for variant in variants:
-            write = WRITERS[variant.layout]
-            writer = write(out(variant), meta, variant, source=model, dtype=dtype, shard_bytes=shard_bytes)
-            works.append(_Work(variant, writer))
-            stack.callback(works[-1].writer.abandon)
-        place = works[0].writer.directory.parent
-        felt = _sensitivity(stack, config, model=model, tokens=tokens, place=place, keep_in=keep_in, device=device)
-        outside = [name for name in stored if not name.startswith("model.layers.")]
-        _copy(works, {EMBEDDING: stored[EMBEDDING]}, tensors)
-        planned = {stream.name: stream for stream in streams.plan(config, variants, widths(meta))}
-        walk = calibrate.Walk(
-            model, shape, tokens, dtype=compute, device=device, streams=tuple(planned), spill=out(variants[0])
-        )
-        layers: Iterable[Layer] = walk
+            writer = _writer(variant, out(variant), meta, so_far, source=model, dtype=dtype, shard_bytes=shard_bytes)
+            works.append(_Work(variant, writer, so_far))
+            stack.callback(writer.abandon)
+        outside = {name: stored[name] for name in stored if not name.startswith("model.layers.")}
+        _copy(works, {EMBEDDING: outside.pop(EMBEDDING)}, tensors)
         reused = False
-        if config.calibration.keep and keep_in is not None:
-            who = kept.identity(model, tokens, dtype=compute, root=keep_in)
-            reused = artifact.find(keep_in, who) is not None
-            layers = stack.enter_context(closing(kept.layers(walk, model, shape, who, root=keep_in)))
-        for layer in layers:
-            _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix, felt)
-            del layer  # before the next one is read, not after
-        ends = {name: stored[name] for name in outside if name != EMBEDDING}
-        heeded = importance.of_head(imatrix, walk.head)
-        _copy(works, ends, tensors, {} if heeded is None else {HEAD: heeded})
+        if any(
+            work.first(shape.num_layers) < shape.num_layers or not all(work.done(None, n) for n in outside)
+            for work in works
+        ):
+            asked = _Asked(config, model, shape, tokens, device, compute, keep_in)
+            head, reused = _walk(stack, asked, works, so_far, imatrix)
+            heeded = importance.of_head(imatrix, head)
+            _copy(works, outside, tensors, {} if heeded is None else {HEAD: heeded})
+        so_far.lighten()
         reports = [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
         return [replace(report, reused=reused) for report in reports]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What layers are looked at with."""
+
+    config: QuantizeConfig
+    model: Path
+    shape: LlamaConfig
+    tokens: Sequence[Tensor]
+    device: str | torch.device
+    compute: torch.dtype
+    keep_in: Path | None
+
+
+def _walk(
+    stack: ExitStack, asked: _Asked, works: Sequence[_Work], progress: Progress, imatrix: Mapping[str, Tensor]
+) -> tuple[Channels | None, bool]:
+    """Go through the model and solve what is missing; return what flows into the head, and if it was known before."""
+    config, shape, keep_in = asked.config, asked.shape, asked.keep_in
+    planned = {
+        each.name: each for each in streams.plan(config, [work.variant for work in works], widths(empty_model(shape)))
+    }
+    firsts = {work.variant: work.first(shape.num_layers) for work in works}
+    needed = {
+        name: min((firsts[variant] for variant in stream.variants), default=shape.num_layers)
+        for name, stream in planned.items()
+    }
+    felt = None
+    if min(needed.values()) < shape.num_layers:
+        felt = _sensitivity(asked, works, progress)
+    walk = calibrate.Walk(
+        asked.model,
+        shape,
+        asked.tokens,
+        dtype=asked.compute,
+        device=asked.device,
+        streams=tuple(planned),
+        waiting=progress.waiting(needed),
+    )
+    layers: Iterable[Layer] = walk
+    reused = False
+    if config.calibration.keep and keep_in is not None:
+        who = kept.identity(asked.model, asked.tokens, dtype=asked.compute, root=keep_in)
+        reused = artifact.find(keep_in, who) is not None
+        found = kept.layers(walk, asked.model, shape, who, root=keep_in, first=min(needed.values()))
+        layers = stack.enter_context(closing(found))
+    for layer in layers:
+        _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix, felt)
+        del layer  # before the next one is read, not after
+    return walk.head, reused
+
+
+def _writer(variant: Variant, directory: Path, meta: Llama, progress: Progress, **how: Any) -> Writer:
+    """Return what writes a variant, and goes on with what an earlier run has written of it."""
+    written = progress.written(variant.name) if directory.exists() else None
+    writer = WRITERS[variant.layout](directory, meta, variant, written=written, **how)
+    if written is None:
+        progress.begin(variant.name)
+    return writer
 
 
 def _check_places(model: Path, places: list[Path]) -> None:
@@ -197,75 +320,90 @@ def _check_places(model: Path, places: list[Path]) -> None:
 
 
 def _copy(
-    works: list[_Work], names: dict[str, str], tensors: hf.Tensors, importances: Mapping[str, Tensor] | None = None
+    works: Sequence[_Work],
+    names: Mapping[str, str],
+    tensors: hf.Tensors,
+    importances: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write tensors that are not quantized to every variant, with the importances of input channels that are known."""
     importances = importances or {}
     for name, source in names.items():
+        missing = [work for work in works if not work.done(None, name)]
+        if not missing:
+            continue
         tensor = tensors[source]
-        for work in works:
+        for work in missing:
             work.writer.add(name, tensor, importance=importances.get(name))
-            if name in importances and work.variant.layout == "gguf":
-                work.importance[str(to_gguf(name))] = importances[name].float().cpu()
+            heeded = name in importances and work.variant.layout == "gguf"
+            work.commit(None, name, importance={str(to_gguf(name)): importances[name]} if heeded else None)
 
 
-def _sensitivity(
-    stack: ExitStack,
-    config: QuantizeConfig,
-    *,
-    model: Path,
-    tokens: Sequence[Tensor],
-    place: Path,
-    keep_in: Path | None,
-    device: str | torch.device,
-) -> Sensitivity | None:
-    """Measure how the loss feels outputs, if GPTQ asks for it; where it is not kept it goes with the stack."""
-    if config.sensitivity == 0 or all(variant.method != "gptq" for variant in config.parsed()):
+def _sensitivity(asked: _Asked, works: Sequence[_Work], progress: Progress) -> Sensitivity | None:
+    """Measure how the loss feels outputs, if GPTQ asks for it; it is kept as long as the progress at least."""
+    config, tokens, model, root = asked.config, asked.tokens, asked.model, progress.path
+    if config.sensitivity == 0 or all(work.variant.method != "gptq" for work in works):
         return None
     some = sensitivity.some(tokens, config.sensitivity)
 
     def make(felt: Sensitivity) -> None:
-        sensitivity.measure(model, load_config(model), some, into=felt, device=device)
+        sensitivity.measure(model, asked.shape, some, into=felt, device=asked.device)
 
-    if config.calibration.keep and keep_in is not None:
-        statistics = kept.identity(model, tokens, dtype=DTYPES[config.calibration.arithmetic], root=keep_in)
-        return sensitivity.kept(keep_in, sensitivity.identity(statistics, some), make)
-    felt = stack.enter_context(sensitivity.passing(place))
-    make(felt)
-    return felt
+    if config.calibration.keep and asked.keep_in is not None:
+        statistics = kept.identity(model, tokens, dtype=asked.compute, root=asked.keep_in)
+        root = asked.keep_in
+    else:
+        statistics = Identity("calibration", "calibration", {}, {})  # all that decides it decides the progress too
+    return sensitivity.kept(root, sensitivity.identity(statistics, some), make)
 
 
 @torch.no_grad()
 def _solve_layer(
     layer: Layer,
     shape: LlamaConfig,
-    works: list[_Work],
+    works: Sequence[_Work],
     config: QuantizeConfig,
     stream: Stream,
     imatrix: Mapping[str, Tensor],
     felt: Sensitivity | None,
 ) -> None:
-    """Quantize a decoder layer once for every variant of a stream, write it, and say how the stream flows on."""
+    """Quantize a decoder layer once for every variant of a stream, write it, and say how the stream flows on.
+
+    What is on disk already is left out; the variant that a stream follows is solved all the same.
+    """
+    at_work = [work for work in works if work.variant in stream.variants]
+    if stream.leader is None and all(work.first(layer.number + 1) > layer.number for work in at_work):
+        return
     moments = None if felt is None else felt.of(layer.number)
     problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix, felt=moments)
-    at_work = {work.variant: work for work in works if work.variant in stream.variants}
-    asked = [*at_work, stream.leader] if stream.leader not in {None, *at_work} else list(at_work)
     for name, method in METHODS.items():
-        mine = [variant for variant in asked if variant is not None and variant.method == name]
-        solutions = method(problems, mine)
-        for variant in mine:
-            started = time.perf_counter()
-            solution = next(solutions)
-            found = time.perf_counter()
-            if variant == stream.leader:
-                layer.weights.update(solution.weights())
-            if variant in at_work:
-                work = at_work[variant]
-                work.modules += _reports(problems, solution)
-                work.importance |= {name: values.float().cpu() for name, values in solution.importance.items()}
-                work.writer.add_layer(layer.number, layer.block, solution)
-                work.seconds += found - started if solution.seconds is None else solution.seconds
-                work.seconds += time.perf_counter() - found
+        for part in (WHOLE,) if name in TOGETHER else INPUTS:
+            some = problems if part == WHOLE else replace(problems, inputs={part: problems.inputs[part]})
+            missing = {work.variant: work for work in at_work if not work.done(layer.number, part)}
+            mine = [v for v in dict.fromkeys([*missing, stream.leader]) if v is not None and v.method == name]
+            solutions = method(some, mine)
+            for variant in mine:
+                began = time.perf_counter()
+                solution = next(solutions)
+                seconds = time.perf_counter() - began if solution.seconds is None else solution.seconds
+                if variant == stream.leader:
+                    layer.weights.update(solution.weights())
+                if variant in missing:
+                    _take(missing[variant], layer, part, solution, tuple(_reports(some, solution)), seconds)
+                del solution
+    for work in at_work:
+        if not work.done(layer.number, REST):
+            work.writer.add_rest(layer.number, layer.block)
+            work.commit(layer.number, REST)
+
+
+def _take(
+    work: _Work, layer: Layer, part: str, solution: Solution, modules: Sequence[ModuleReport], seconds: float
+) -> None:
+    """Write a part of a decoder layer."""
+    began = time.perf_counter()
+    work.writer.add_layer(layer.number, layer.block, solution)
+    seconds += time.perf_counter() - began
+    work.commit(layer.number, part, modules=modules, importance=solution.importance, seconds=seconds)
 
 
 def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleReport]:
@@ -285,8 +423,9 @@ def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float, compute: torc
     asked = damp if work.variant.method in DAMPED else None
     started = time.perf_counter()
     size = work.writer.finish(damp=asked)
-    if work.importance:
-        found = Imatrix(work.importance, len(tokens), max(len(ids) for ids in tokens))
+    heeded = work.importance
+    if heeded:
+        found = Imatrix(heeded, len(tokens), max(len(ids) for ids in tokens))
         write_imatrix(work.writer.directory / "imatrix.dat", found)
     return VariantReport(
         variant=work.variant,
@@ -297,7 +436,7 @@ def _finish(work: _Work, tokens: Sequence[Tensor], *, damp: float, compute: torc
         tokens=sum(len(ids) for ids in tokens),
         sequences=len(tokens),
         compute=str(compute).removeprefix("torch."),
-        modules=tuple(work.modules),
+        modules=work.modules,
         notes=work.writer.notes,
         seconds=work.seconds + time.perf_counter() - started,
     )

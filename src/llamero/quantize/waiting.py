@@ -1,4 +1,7 @@
-"""Activations that wait between two decoder layers: in memory, or in a file where there are too many of them."""
+"""Activations that wait between two decoder layers: in memory, or in a file where there are too many of them.
+
+Or in two files that outlive the process: what comes out of a layer is written beside what went into it.
+"""
 
 import os
 import tempfile
@@ -39,6 +42,8 @@ class Waiting:
         self._width, self._dtype = width, dtype
         *self._starts, total = accumulate(lengths, initial=0)
         self._lengths = list(lengths)
+        self.layer: int | None = None
+        """That the activations come before."""
         self._file: int | None = None
         self._rows = torch.empty(0)
         size = total * width * dtype.itemsize
@@ -69,6 +74,10 @@ class Waiting:
         else:
             _whole(os.pwritev, self._file, x.to("cpu", self._dtype).contiguous(), self._offset(group))
 
+    def turn(self) -> None:
+        """Go on to the next layer."""
+        self.layer = 0 if self.layer is None else self.layer + 1
+
     def _offset(self, group: int) -> int:
         return self._starts[group] * self._width * self._dtype.itemsize
 
@@ -82,3 +91,69 @@ def _whole(call: Transfer, file: int, x: Tensor, offset: int) -> None:
         if moved == 0:
             raise EOFError("the file of waiting activations was cut off")
         done += moved
+
+
+class KeptWaiting:
+    """Activations like `Waiting`, in two files in turn, so that a killed pass goes on with the layer it was at.
+
+    What is read is what came before a layer; what is written comes after it, until `turn`.
+
+    Args:
+        lengths: Tokens of each group.
+        width: Of a hidden state.
+        dtype: Of the hidden states.
+        directory: Where the files go.
+        name: What they are called.
+        layer: That an earlier process turned to; `None`: begin anew.
+        turned: Told of each layer before which the activations are on disk.
+
+    Raises:
+        LlameroError: There is no room for the files.
+    """
+
+    in_file = True
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        *,
+        directory: Path,
+        name: str,
+        layer: int | None = None,
+        turned: Callable[[int], None],
+    ) -> None:
+        self._width, self._dtype = width, dtype
+        *self._starts, total = accumulate(lengths, initial=0)
+        self._lengths, self._turned = list(lengths), turned
+        self.layer = layer
+        """That the activations come before; `None` where they have not been written."""
+        self._files: list[int] = []
+        with files.disk_errors_named(directory):
+            for number in range(2):
+                handle = os.open(directory / f"{name}.{number}", os.O_RDWR | os.O_CREAT, 0o600)
+                self._files.append(handle)
+                weakref.finalize(self, os.close, handle)
+                os.posix_fallocate(handle, 0, max(1, total * width * dtype.itemsize))  # a full disk is said now
+
+    def __getitem__(self, group: int) -> Float[Tensor, "tokens width"]:
+        """Return the hidden states of a group before the layer; threads may read and write at once."""
+        assert self.layer is not None
+        x = torch.empty(self._lengths[group], self._width, dtype=self._dtype)
+        _whole(os.preadv, self._files[self.layer % 2], x, self._offset(group))
+        return x
+
+    def __setitem__(self, group: int, x: Float[Tensor, "tokens width"]) -> None:
+        """Write those after it."""
+        after = 0 if self.layer is None else self.layer + 1
+        _whole(os.pwritev, self._files[after % 2], x.to("cpu", self._dtype).contiguous(), self._offset(group))
+
+    def turn(self) -> None:
+        """Go on to the next layer: what was written is forced to disk and read from now on."""
+        self.layer = 0 if self.layer is None else self.layer + 1
+        os.fsync(self._files[self.layer % 2])
+        self._turned(self.layer)
+
+    def _offset(self, group: int) -> int:
+        return self._starts[group] * self._width * self._dtype.itemsize

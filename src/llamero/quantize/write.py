@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,15 @@ class Writer(Protocol):
         ...
 
     def add_layer(self, number: int, block: Block, solution: Solution) -> None:
-        """Write a decoder layer, given as it was and as it became."""
+        """Write what is solved of a decoder layer."""
+        ...
+
+    def add_rest(self, number: int, block: Block) -> None:
+        """Write what has not come of a decoder layer, unchanged."""
+        ...
+
+    def sync(self) -> list[str]:
+        """Force to disk what was written since the last time, and return the names of these tensors in the files."""
         ...
 
     def finish(self, *, damp: float | None) -> int:
@@ -66,12 +75,12 @@ class Writer(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Close the file that is open; what is there is recognised as unfinished."""
+        """Close the files that are open; what is there is recognised as unfinished, and can be gone on with."""
         ...
 
 
 class VariantWriter:
-    """Writes one quantized directory; tensors come in the order in which the model names them.
+    """Writes one quantized directory.
 
     Args:
         directory: Where to; made if need be.
@@ -80,6 +89,7 @@ class VariantWriter:
         source: Directory of the unquantized model.
         dtype: Dtype of what is not quantized.
         shard_bytes: Largest file of weights.
+        written: Tensors that `sync` named to an earlier writer of the same variant; `None`: there was none.
     """
 
     notes: tuple[str, ...] = ()
@@ -93,13 +103,16 @@ class VariantWriter:
         source: Path,
         dtype: torch.dtype,
         shard_bytes: int | None = None,
+        written: Collection[str] | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self._source = directory, source
         self.bits_per_weight = _bits_per_weight(variant, model)
         shard_bytes = hf.SHARD_BYTES if shard_bytes is None else shard_bytes
         self._variant, self._dtype = variant, dtype
-        self._shards = hf.ShardWriter(directory, tensor_specs(model, variant, dtype), shard_bytes=shard_bytes)
+        specs = tensor_specs(model, variant, dtype)
+        self._shards = hf.ShardWriter(directory, specs, shard_bytes=shard_bytes, written=written)
+        self._unsynced: list[str] = []
 
     def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
         """Write a tensor that is not quantized."""
@@ -110,25 +123,40 @@ class VariantWriter:
                 where=name,
                 fix="set `dtype: bfloat16`" if self._dtype == torch.float16 else "the weights of the model are broken",
             )
-        self._shards.add(name, value)
+        self._add(name, value)
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self._shards.add(name, tensor)
+        self._unsynced.append(name)
 
     def add_layer(self, number: int, block: Block, solution: Solution) -> None:
-        """Write a decoder layer.
+        """Write what is solved of a decoder layer.
 
         Args:
             number: Of the layer.
             block: The layer, unquantized.
-            solution: What it became.
+            solution: What some of its linear layers, and what goes with them, became.
         """
         prefix = f"model.layers.{number}."
+        for owner, solved in solution.codes.items():
+            codes: Any = solved  # of the kind that the layout stores
+            for leaf, tensor in self._variant.format.encode(codes).items():
+                self._add(f"{prefix}{owner}.{leaf}", tensor)
+        for name, value in solution.changed.items():
+            self.add(prefix + name, value)
+
+    def add_rest(self, number: int, block: Block) -> None:
+        """Write what has not come of a decoder layer, unchanged; arguments as of `add_layer`."""
+        prefix = f"model.layers.{number}."
         for name, parameter in block.named_parameters():
-            owner = name.removesuffix(".weight")
-            if owner in solution.codes:
-                codes: Any = solution.codes[owner]  # of the kind that the layout stores
-                for leaf, tensor in self._variant.format.encode(codes).items():
-                    self._shards.add(f"{prefix}{owner}.{leaf}", tensor)
-            else:
-                self.add(prefix + name, solution.changed.get(name, parameter))
+            if prefix + name in self._shards.missing:
+                self.add(prefix + name, parameter)
+
+    def sync(self) -> list[str]:
+        """Force to disk what was written since the last time, and return the names of these tensors."""
+        self._shards.sync()
+        names, self._unsynced = self._unsynced, []
+        return names
 
     def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights, config.json last, and return the size of the weights in bytes.
@@ -156,7 +184,7 @@ class VariantWriter:
         return sum(path.stat().st_size for path in self._shards.paths)
 
     def abandon(self) -> None:
-        """Close the file that is open; the directory stays without a config.json."""
+        """Close the files that are open; the directory stays without a config.json."""
         self._shards.abandon()
 
 
