@@ -2,11 +2,12 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 from llamero import pipeline
-from llamero.cli import main
+from llamero.cli import main, measured
 from llamero.corpus.rows import Raw
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
@@ -216,3 +217,41 @@ def test_what_was_calibrated_on_is_refused_before_any_work(root, tmp_path, capsy
     code, made, _ = quantize(root, tmp_path / "a", *texts(root, "one", "calibration"))
     assert (code, made) == (2, [])
     assert "% of it was calibrated on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["measuring", "placing"])
+def test_a_command_that_was_cut_off_ends_as_if_it_had_not_been(root, tmp_path, capsys, monkeypatch, moment):
+    how = [*texts(root, "one"), "--max-kl", "0.3"]
+    assert quantize(root, tmp_path / "whole", *how)[:2] == (1, [FINE, f"{POOR}.rejected"])
+    cut = tmp_path / "cut"
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        if moment == "measuring":
+            patch.setattr(measured, "measure", stop)
+        else:
+            patch.setattr(Path, "rename", lambda path, to: stop() if path.name == POOR else rename(path, to))
+        with pytest.raises(RuntimeError, match="cut off"):
+            quantize(root, cut, *how)
+    assert len(list(cut.glob("*.progress"))) == 1
+    capsys.readouterr()
+    assert quantize(root, cut, *how)[:2] == (1, [FINE, f"{POOR}.rejected"])
+    assert "going on with what" in capsys.readouterr().out
+    whole = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*.safetensors")}
+    assert len(whole) == 2
+    assert all((cut / name).read_bytes() == path.read_bytes() for name, path in whole.items())
+
+
+def stop(*_, **__):
+    raise RuntimeError("cut off")
+
+
+def test_a_changed_command_leaves_what_another_has_begun(root, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(measured, "measure", stop)
+        with pytest.raises(RuntimeError, match="cut off"):
+            quantize(root, tmp_path / "out")
+    (left,) = (tmp_path / "out").glob("*.progress")
+    quantize(root, tmp_path / "out", "--damp", "0.02", "--max-kl", "100")
+    assert f"{left} is what another command has left unfinished" in capsys.readouterr().out
+    assert list((tmp_path / "out").glob("*.progress")) == [left]
+    assert (left / FINE / "config.json").exists()
