@@ -375,21 +375,22 @@ def _solve_layer(
         return
     moments = None if felt is None else felt.of(layer.number)
     problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix, felt=moments)
-    for name, method in METHODS.items():
-        for part in (WHOLE,) if name in TOGETHER else INPUTS:
-            some = problems if part == WHOLE else replace(problems, inputs={part: problems.inputs[part]})
-            missing = {work.variant: work for work in at_work if not work.done(layer.number, part)}
-            mine = [v for v in dict.fromkeys([*missing, stream.leader]) if v is not None and v.method == name]
-            solutions = method(some, mine)
-            for variant in mine:
-                began = time.perf_counter()
-                solution = next(solutions)
-                seconds = time.perf_counter() - began if solution.seconds is None else solution.seconds
-                if variant == stream.leader:
-                    layer.weights.update(solution.weights())
-                if variant in missing:
-                    _take(missing[variant], layer, part, solution, tuple(_reports(some, solution)), seconds)
-                del solution
+    for part, name in ((part, name) for part in (*INPUTS, WHOLE) for name in METHODS):
+        if (part == WHOLE) != (name in TOGETHER):
+            continue
+        some = problems if part == WHOLE else replace(problems, inputs={part: problems.inputs[part]})
+        missing = {work.variant: work for work in at_work if not work.done(layer.number, part)}
+        mine = [v for v in dict.fromkeys([*missing, stream.leader]) if v is not None and v.method == name]
+        solutions = METHODS[name](some, mine)
+        for variant in mine:
+            began = time.perf_counter()
+            solution = next(solutions)
+            seconds = time.perf_counter() - began if solution.seconds is None else solution.seconds
+            if variant == stream.leader:
+                layer.weights.update(solution.weights())
+            if variant in missing:
+                _take(missing[variant], layer, part, solution, tuple(_reports(some, solution)), seconds)
+            del solution
     for work in at_work:
         if not work.done(layer.number, REST):
             work.writer.add_rest(layer.number, layer.block)
