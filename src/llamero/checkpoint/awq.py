@@ -23,7 +23,6 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output channel, of each eight, whose code is in each nibble of a word, the lowest first."""
 
 _BITS = 4
-_GROUPS = (-1, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,8 @@ def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
     bits, group_size = keys.get("bits", keys.get("w_bit")), keys.get("group_size", keys.get("q_group_size"))
     if bits != _BITS:
         raise LlameroError(f"`bits: {bits}` is not an AWQ width", where=where, fix="4")
-    if group_size not in _GROUPS:
+    if not isinstance(group_size, int) or (group_size != -1 and group_size <= 0):
         raise LlameroError(
-            f"`group_size: {group_size}` is not a group size of AWQ", where=where, fix=f"one of {_GROUPS}"
+            f"`group_size: {group_size}` is not a group size", where=where, fix="a number above 0, or -1"
         )
     return Format(group_size)

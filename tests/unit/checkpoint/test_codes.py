@@ -47,7 +47,7 @@ def made(bits, group_size, *, sym, low=0, shuffled=False):
 FORMATS = [
     *((gptq.Format(bits, 32, offset), offset) for bits in gptq.BITS for offset in (0, 1)),
     (gptq.Format(4, -1), 1),
-    *((awq.Format(size), 0) for size in (32, -1)),
+    *((awq.Format(size), 0) for size in (32, 16, -1)),  # 16: what a variant's name may say
     *((compressed_tensors.Format(bits, 32, sym), 0) for bits in compressed_tensors.BITS for sym in (True, False)),
     (compressed_tensors.Format(3, -1, False), 0),
 ]
@@ -122,7 +122,7 @@ AWQ = awq.Format(128).config(sym=False)
     [
         (AWQ | {"version": "gemv"}, "layout `gemv`"),
         (AWQ | {"bits": 8}, "`bits: 8`"),
-        (AWQ | {"group_size": 100}, "`group_size: 100`"),
+        (AWQ | {"group_size": 0}, "`group_size: 0`"),
         (AWQ | {"zero_point": False}, "`zero_point` is not true"),
         (AWQ | {"new": 1}, "`new: 1`"),
         (CT | {"format": "int-quantized"}, "format `int-quantized`"),
