@@ -103,22 +103,23 @@ class Fused(Form):
         shares = shares_of(rows, self.out_features, steps)
         sums = torch.empty(shares, rows, self.out_features, dtype=torch.float32, device=x.device)
         grid = (-(-self.out_features // tile.outputs), -(-rows // tile.rows), shares)
-        _kernel()[grid](
-            x,
-            self.words,
-            self.scales,
-            self.zeros,
-            sums,
-            rows,
-            self.out_features,
-            self.in_features,
-            -(-steps // shares),
-            size=self.in_features // len(self.scales),
-            tall=tile.rows,
-            wide=tile.outputs,
-            depth=_DEPTH,
-            num_warps=tile.warps,
-        )
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current device, wherever their tensors are
+            _kernel()[grid](
+                x,
+                self.words,
+                self.scales,
+                self.zeros,
+                sums,
+                rows,
+                self.out_features,
+                self.in_features,
+                -(-steps // shares),
+                size=self.in_features // len(self.scales),
+                tall=tile.rows,
+                wide=tile.outputs,
+                depth=_DEPTH,
+                num_warps=tile.warps,
+            )
         return sums.sum(0).to(x.dtype)
 
     def ordered_weight(self, dtype: torch.dtype) -> Float[Tensor, "out d"]:
