@@ -304,7 +304,8 @@ class Plan:
 
     def _variant(self, config: QuantizeConfig, name: str) -> Identity:
         said = config.model_dump(mode="json", exclude={"variants", "calibration", "imatrix", *AFTERWARDS})
-        said["calibration"] = config.calibration.decides(self._own_mixture)
+        # conversations of a file are rendered with the template, and no parent says which it is
+        said["calibration"] = {**config.calibration.decides(self._own_mixture), "template": self.recipe.template}
         parents = {"model": self._model_digest("final"), **self._calibration_parent(config)}
         if config.imatrix is not None and name.startswith("gguf-"):
             parents["imatrix"] = self._content(str(config.imatrix), "importance matrix")

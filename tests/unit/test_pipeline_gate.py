@@ -255,3 +255,12 @@ def test_a_changed_command_leaves_what_another_has_begun(root, tmp_path, capsys,
     assert f"{left} is what another command has left unfinished" in capsys.readouterr().out
     assert list((tmp_path / "out").glob("*.progress")) == [left]
     assert (left / FINE / "config.json").exists()
+
+
+def test_the_template_decides_what_is_calibrated_on(root):
+    def digests(*overrides):
+        plan = pipeline.Plan(load(root / "recipe.yaml", ["publish=null", *overrides]), root, root / "run")
+        return {name: identity.digest for stage in plan.stages for name, identity in stage.identities.items()}
+
+    rendered = digests("template=plain")
+    assert all(rendered[name] != digest for name, digest in digests().items() if name in (FINE, POOR))
