@@ -16,7 +16,7 @@ from llamero.core.errors import LlameroError
 from llamero.publish import markdown
 from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
 from llamero.publish.picture import Point
-from llamero.publish.provided import provided_files
+from llamero.publish.provided import INSTALLED, formats, provided_files
 from llamero.publish.release import BASE, SCRATCH
 from llamero.publish.training import ancestry_table, mixtures, packing_notes, stage_table, training_notes
 from llamero.text.messages import Message
@@ -208,7 +208,11 @@ class Cards:
         base = self._base_id if not trained and self._base_id else self.config.repository
         data = self._data(
             base_model=base,
-            tags=["llamero", "gptq", *dict.fromkeys(f"{variant.bits}-bit" for variant in variants)],
+            tags=[
+                "llamero",
+                *(name.lower() for name in formats(variants)),
+                *dict.fromkeys(f"{variant.bits}-bit" for variant in variants),
+            ],
             base_model_relation="quantized" if base else None,
             model_creator=self.config.creator if trained else None,
             quantized_by=self.config.creator,
@@ -217,25 +221,32 @@ class Cards:
         beside = _of(measured, [v.name for v in variants], tasks=_BESIDE_FILES)
         others = [part for part in measured if part.task not in _BESIDE_FILES]
         final = (f"unquantized: {self._link(self.inputs.name, self.config.repository)}", self.inputs.final)
+        directories = [variant for variant in variants if variant.layout in INSTALLED]
+        on_grids = [variant for variant in directories if variant.layout != "bitsandbytes"]
         return _written(
             data,
             "quantized.md.jinja",
             **(self._common(measured) | self._scores(others)),
-            title=f"{self.inputs.name} GPTQ",
+            title=f"{self.inputs.name} {', '.join(formats(variants))}",
             provided=provided_files(
                 variants, beside, link=self._branch, original=(*final, self.shape.dtype, self.shape.size_bytes)
             ),
             beside=beside,
-            notes={variant.name: variant.notes for variant in variants if variant.notes},
+            notes={variant.name: variant.departures for variant in variants if variant.departures},
             methods={variant.method for variant in variants},
-            symmetric=[variant.name for variant in variants if variant.sym],
-            asymmetric=[variant.name for variant in variants if not variant.sym],
+            calibrated=any(variant.calibrated for variant in variants),
+            damped=any(variant.damp is not None for variant in variants),
+            symmetric=[variant.name for variant in on_grids if variant.sym],
+            asymmetric=[variant.name for variant in on_grids if not variant.sym],
             first=variants[0],
+            for_transformers=directories[0] if directories else None,
+            installed=INSTALLED,
+            for_llamacpp=next((variant for variant in variants if variant.layout == "gguf"), None),
             looked_at=looked_at(),
             remarks=remarks(variants),
             variants_count=len(variants),
             picture=PICTURE if self.points else None,
-            for_vllm=next((variant for variant in variants if VLLM in accepting(variant)), None),
+            for_vllm=next((variant for variant in on_grids if VLLM in accepting(variant)), None),
         )
 
     @property
@@ -303,6 +314,7 @@ class Cards:
             "model_link": self._link(self.inputs.name, config.repository),
             "quantized_link": self._link(self.quantized_name, self._quantized_repository),
             "quantized_repository": self._quantized_repository,
+            "formats": formats(self.inputs.quantized),
             "load_name": self._load_name,
             "sampling": config.sampling.model_dump(exclude_none=True),
             "ancestry": ancestry_table(self.inputs),

@@ -15,6 +15,30 @@ if TYPE_CHECKING:
 
 _ORDERS = {"none": "No", "static": "Static", "desc": "Yes"}
 
+FORMATS = {
+    "gptq": "GPTQ",
+    "gptq_v2": "GPTQ",
+    "awq": "AWQ",
+    "compressed-tensors": "compressed-tensors",
+    "gguf": "GGUF",
+    "bitsandbytes": "bitsandbytes",
+}
+"""What people call the files of each layout."""
+
+INSTALLED = {
+    "gptq": "transformers optimum gptqmodel",
+    "gptq_v2": "transformers optimum gptqmodel",
+    "awq": "transformers gptqmodel",
+    "compressed-tensors": "transformers compressed-tensors",
+    "bitsandbytes": "transformers bitsandbytes",
+}
+"""Packages with which Transformers loads a directory of each layout by its name."""
+
+
+def formats(variants: Sequence[Variant]) -> list[str]:
+    """Return what people call the files of some variants, each once."""
+    return list(dict.fromkeys(FORMATS[variant.layout] for variant in variants))
+
 
 def provided_files(
     variants: Sequence[Variant],
@@ -51,7 +75,7 @@ def _how(variant: Variant) -> list[str]:
     group = "row" if variant.group_size == -1 else str(variant.group_size)
     if variant.layout == "gguf":
         group = NOTHING  # each type has groups of its own
-    if variant.method in ("rtn", "bitsandbytes"):
+    if not variant.calibrated:
         return [str(variant.bits), group, NOTHING, NOTHING, "none: rounded to nearest", NOTHING]
     damp = NOTHING if variant.damp is None else f"{variant.damp:g}"
     calibration = f"{variant.calibration['source']}, {variant.tokens:,} tokens"

@@ -47,9 +47,16 @@ class Variant:
     """`source` and `sequence` of the text that GPTQ looked at."""
     modules: Sequence[Mapping[str, Any]]
     """What became of each linear layer: `name`, `damp`, `dead_channels`."""
+    notes: Sequence[str]
+    """What was done otherwise than the name says, as its maker tells it."""
 
     @property
-    def notes(self) -> list[str]:
+    def calibrated(self) -> bool:
+        """Return whether the calibration text had a part in it."""
+        return self.method not in ("rtn", "bitsandbytes")
+
+    @property
+    def departures(self) -> list[str]:
         """Return what did not go as asked for."""
         raised = [m["damp"] for m in self.modules if self.damp is not None and m["damp"] > self.damp]
         dead = [m["dead_channels"] for m in self.modules if m["dead_channels"]]
@@ -57,7 +64,7 @@ class Variant:
         if dead:
             channels, layers = plural(sum(dead), "input channel"), plural(len(dead), "layer")
             found.append(f"{channels} of {layers} had only zeros as calibration input")
-        return found
+        return [*found, *self.notes]
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def inputs(make) -> ReleaseInputs:
             "sym": True,
             "size_bytes": 35_330_000_000,
             "bits_per_weight": 4.25,
+            "notes": [],
         }
         summary |= {"damp": None if rtn else 0.01}
         summary |= {"calibration": {"source": "talk", "sequence": 512}, "tokens": 65_536}

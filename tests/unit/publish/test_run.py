@@ -188,6 +188,32 @@ def test_what_did_not_go_as_asked_for_is_said(quantized_card):
     assert f"- **{VARIANT}**" not in quantized_card
 
 
+def of_layout(artifact, name, **how):
+    return replace(artifact, stage=name, summary={**artifact.summary, "name": name, **how})
+
+
+def test_a_card_speaks_of_the_formats_that_are_there(inputs, config):
+    said = ["4 tensors have rows that are no multiple of 256 and became Q5_0, not Q4_K"]
+    gguf = of_layout(
+        inputs.variants[0], "gguf-Q4_K_M", method="gguf", layout="gguf", group_size=-1, actorder="none", notes=said
+    )
+    nf4 = of_layout(inputs.variants[1], "nf4", method="bitsandbytes", layout="bitsandbytes", damp=None, group_size=64)
+    kept = [result for result in inputs.results if result.model in ("pretrain", "chat")]
+    made = cards(config, replace(inputs, variants=[gguf, nf4], results=kept))
+    quantized = made.quantized()
+    assert "quantized variants in files of GGUF, bitsandbytes" in made.model()
+    assert "\nGGUF, bitsandbytes files of " in quantized
+    assert ModelCard(quantized).data.to_dict()["tags"] == ["llamero", "gguf", "bitsandbytes", "4-bit"]
+    assert row(quantized, "[nf4]")[5:7] == ["none: rounded to nearest", "–"]
+    assert f"- **gguf-Q4_K_M**: {said[0]}\n" in quantized
+    assert "pip install transformers bitsandbytes" in quantized
+    assert "llama-cli -m gguf-Q4_K_M/model-Q4_K_M.gguf" in quantized
+    for word in ("gptqmodel", "Grids are", "vllm serve", "Act Order**"):
+        assert word not in quantized
+    alone = cards(config, replace(inputs, variants=[gguf], results=kept)).quantized()
+    assert "AutoModelForCausalLM" not in alone
+
+
 def test_nothing_unmeasured_appears(inputs, config):
     made = cards(config, replace(inputs, results=[]))
     model, quantized = made.model(), made.quantized()
