@@ -87,3 +87,10 @@ def test_what_does_not_divide_is_left_out_of_the_default_set_and_said(tmp_path, 
     assert "  gptq-3bit-128g-actorder_True: groups of 128 do not divide 64 input channels" in said
     assert call(str(tmp_path / "config.json"), "--plan", "--variant", "awq-4bit-128g") == 2
     assert "groups of 128 do not divide" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bfloat16", "disk"), [(True, "8.59 GB"), (False, "17.18 GB")])
+def test_what_waits_on_disk_is_told_in_the_arithmetic_of_this_machine(config, capsys, monkeypatch, bfloat16, disk):
+    monkeypatch.setattr("llamero.quantize.config.multiplies_bfloat16", lambda: bfloat16)
+    assert call(config, "--plan", "--tokens", "262144", "--variant", "awq-4bit-128g") == 0
+    assert f"{disk} of disk while it lasts" in " ".join(capsys.readouterr().out.split())
