@@ -73,27 +73,25 @@ def search(
         sym: Whether zero is in the middle.
         shrinks: Sizes to try, as shares of what `fit` returns; 1.0 is always tried.
     """
-    best = fit(w, dim=dim, bits=bits, sym=sym)
-    least = _squares(w[None], Grid(best.scale[None], best.zero[None], bits), importance, dim + 1)[0]
-    scales, zeros = _candidates(best, sym=sym, shrinks=shrinks)
+    scales, zeros = _candidates(fit(w, dim=dim, bits=bits, sym=sym), sym=sym, shrinks=shrinks)
     together = max(1, TOGETHER // w.numel())
-    for scale, zero in zip(scales.split(together), zeros.split(together), strict=True):
-        error, which = _squares(w[None], Grid(scale, zero, bits), importance, dim + 1).min(0)
-        better, which = error < least, which[None]
-        scale, zero = scale.gather(0, which)[0], zero.gather(0, which)[0]
-        best = Grid(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero), bits)
-        least = torch.minimum(error, least)
-    return best
+    errors = [
+        _squares(w[None], Grid(scale, zero, bits), importance, dim + 1)
+        for scale, zero in zip(scales.split(together), zeros.split(together), strict=True)
+    ]
+    which = torch.cat(errors).argmin(0, keepdim=True)  # the first of those that are as near
+    return Grid(scales.gather(0, which)[0], zeros.gather(0, which)[0], bits)
 
 
 def _candidates(whole: Grid, *, sym: bool, shrinks: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points (candidates, *rows)."""
-    last, scales, zeros = 2**whole.bits - 1, [], []
-    for shrink in shrinks:
-        scale = _as_stored(whole.scale * shrink)
-        scales += [scale, -scale] if sym else [scale] * 3
-        zeros += [whole.zero] * 2 if sym else [(whole.zero + step).clamp(1, last) for step in (-1, 0, 1)]
-    return torch.stack(scales), torch.stack(zeros)
+    """Return scales and zero points (candidates, *rows); the first is `whole`."""
+    sizes = whole.scale.new_tensor((1.0, *shrinks)).view(-1, *[1] * whole.scale.dim())
+    scales = _as_stored(whole.scale * sizes)
+    if sym:
+        scales = torch.cat([scales, -scales])
+        return scales, whole.zero.expand_as(scales)
+    zeros = torch.stack([whole.zero, whole.zero - 1, whole.zero + 1]).clamp_(1, 2**whole.bits - 1)
+    return scales.repeat(3, *[1] * whole.scale.dim()), zeros.repeat_interleave(len(sizes), 0)
 
 
 def _squares(w: Tensor, grid: Grid, importance: Tensor, dim: int) -> Tensor:

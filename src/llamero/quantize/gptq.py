@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,9 @@ from llamero.quantize.factor import inverse_factor
 
 BLOCK = 128
 """Channels whose errors are gathered before the channels beyond them are told."""
+
+STRIP = 32
+"""Channels whose errors are gathered before the rest of their block is told."""
 
 COLUMNS = 2048
 """Rows of weights, of all grids together, that are solved at a time: a block of their channels stays in the cache."""
@@ -80,14 +84,14 @@ def couple(g: Float[Tensor, "sets size size"]) -> Outputs:
 
 
 def _couple_set(g: Tensor) -> tuple[Tensor, Tensor]:
-    diagonal = g.diagonal().double()
+    diagonal = g.diagonal()
     mean = diagonal.mean()
     added = OUTPUT_DAMP * mean if mean > 0 else torch.ones_like(mean)  # nothing is felt: each for itself
     order = diagonal.argsort(descending=True, stable=True)
-    u = inverse_factor(g.double(), order, added=added.expand(len(g)))
+    u = inverse_factor(g, order, added=added.expand(len(g)))
     if u is None:
         raise ValueError(f"second moments of {len(g)} gradients are not positive semidefinite")
-    return u.to(g.dtype), order
+    return u, order
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,12 @@ class Grids:
         """Return the channels of a group."""
         return inputs if self.group_size == -1 else self.group_size
 
-    def fit(self, w: Float[Tensor, "group columns"], importance: Float[Tensor, " group"]) -> grid.Grid:
-        """Return the grid of one group for each column."""
+    def fit(self, w: Float[Tensor, "*groups group columns"], importance: Float[Tensor, "*groups group"]) -> grid.Grid:
+        """Return the grid of a group, or of several, for each column."""
         if not self.shrinks:
-            return grid.fit(w, dim=0, bits=self.bits, sym=self.sym)
-        return grid.search(w, importance[:, None], dim=0, bits=self.bits, sym=self.sym, shrinks=self.shrinks)
+            return grid.fit(w, dim=-2, bits=self.bits, sym=self.sym)
+        dim = w.dim() - 2
+        return grid.search(w, importance[..., None], dim=dim, bits=self.bits, sym=self.sym, shrinks=self.shrinks)
 
 
 def factorize(h: Float[Tensor, "d d"], *, by_activation: bool, damp: float, where: str = "layer") -> Factor:
@@ -189,9 +194,9 @@ def solve(
     """
     inputs = w.shape[1]
     w = w.masked_fill(factor.dead, 0)
-    stacks: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    stacks: dict[Blocks, list[int]] = {}
     for number, grids in enumerate(asked):
-        stacks.setdefault(tuple(_blocks(inputs, grids.size(inputs))), []).append(number)
+        stacks.setdefault(_blocks(inputs, grids.size(inputs)), []).append(number)
     found: dict[int, GroupCodes] = {}
     for blocks, stack in stacks.items():
         solver = _Solver(factor, [asked[number] for number in stack], blocks)
@@ -218,7 +223,7 @@ class _Solver:
 
     factor: Factor
     asked: Sequence[Grids]
-    blocks: Sequence[tuple[int, int]]
+    blocks: Blocks
 
     def alone(self, w: Tensor) -> Iterator[tuple[GroupCodes, ...]]:
         """Yield the codes of some rows after the other, none of which changes another's."""
@@ -271,32 +276,40 @@ class _Solver:
             _Part(grids, own, self.factor, slice(i * rows, (i + 1) * rows))
             for i, (grids, own) in enumerate(zip(self.asked, w, strict=True))
         ]
-        for start, stop in self.blocks:
-            errors = _round_block(x, self.factor, parts, start, stop, codes)
-            x[stop:].addmm_(self.factor.u[start:stop, stop:].T, errors, alpha=-1)  # everything beyond it, once
+        u = self.factor.u
+        for start, stop, strips in self.blocks:
+            errors = torch.empty_like(x[start:stop])
+            for first, end in strips:
+                mine = errors[first - start : end - start]
+                _round_strip(x, self.factor, parts, first, end, codes, mine)
+                x[end:stop].addmm_(u[first:end, end:stop].T, mine, alpha=-1)  # the rest of its block
+            x[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)  # everything beyond it, once
         back = self.factor.order.argsort()
         return tuple(part.result(codes, back) for part in parts)
 
 
-def _round_block(
-    x: Tensor, factor: Factor, parts: Sequence[_Part], start: int, stop: int, codes: Tensor
-) -> Float[Tensor, "block columns"]:
-    """Write the codes of a block of channels; return their errors, of which the channels beyond are to be told."""
-    block, u = x[start:stop], factor.u[start:stop, start:stop]
-    scale, low, high, steps, errors = (torch.empty_like(block) for _ in range(5))
-    pivots = u.diagonal().tolist()
-    for i, pivot in enumerate(pivots):
-        for part in parts:
-            if part.begins(start + i, start):
-                part.lay(x, start + i, scale[i:], low[i:], high[i:])
-        step, error = steps[i], errors[i]
-        torch.div(block[i], scale[i], out=step)
-        torch.clamp(step.round_(), low[i], high[i], out=step)
-        torch.addcmul(block[i], step, scale[i], value=-1, out=error)
-        error.div_(pivot)
-        block[i:].addr_(u[i, i:], error, alpha=-1)  # this block, now
+def _round_strip(
+    x: Tensor, factor: Factor, parts: Sequence[_Part], start: int, stop: int, codes: Tensor, errors: Tensor
+) -> None:
+    """Write the codes of a strip of channels, and their errors, of which the channels beyond are to be told."""
+    strip, u = x[start:stop], factor.u[start:stop, start:stop]
+    pivots = u.diagonal()[:, None]
+    told = (u / pivots).triu_(1)  # of one channel's difference; nothing before it, nor itself
+    begins: dict[int, list[_Part]] = {}
+    for part in parts:
+        for channel in part.begins(start, stop):
+            begins.setdefault(channel - start, []).append(part)
+    scale, low, high, steps = (torch.empty_like(strip) for _ in range(4))
+    channels = (each.unbind() for each in (strip, told, scale, low, high, steps, errors))
+    for i, (w, tell, size, least, most, step, error) in enumerate(zip(*channels, strict=True)):
+        for part in begins.get(i, ()):
+            part.lay(x, start + i, scale[i:], low[i:], high[i:])
+        torch.div(w, size, out=step)
+        torch.clamp(step.round_(), least, most, out=step)
+        torch.addcmul(w, step, size, value=-1, out=error)
+        strip.addr_(tell, error, alpha=-1)  # this strip, now
+    errors.div_(pivots)
     codes[start:stop] = steps.sub_(low)
-    return errors
 
 
 class _Part:
@@ -309,21 +322,22 @@ class _Part:
         channels = factor.order if grids.static else torch.arange(inputs, device=w.device)
         self.group = channels // self.size  # in the order of solving
         self.scales = w.new_empty(inputs // self.size, len(w))
-        self.zeros = torch.empty_like(self.scales)
+        self.low = torch.empty_like(self.scales)
         if grids.static:
             importance = self.importance[factor.order.argsort()]
-            for number, (part, weight) in enumerate(
-                zip(w.T.split(self.size), importance.split(self.size), strict=True)
-            ):
-                self._fit(number, part, weight)
+            self._fit(slice(None), w.T.unflatten(0, (-1, self.size)), importance.unflatten(0, (-1, self.size)))
 
-    def _fit(self, number: int, w: Tensor, importance: Tensor) -> None:
+    def _fit(self, groups: int | slice, w: Tensor, importance: Tensor) -> None:
         found = self.grids.fit(w, importance)
-        self.scales[number], self.zeros[number] = found.scale, found.zero
+        self.scales[groups] = found.scale
+        torch.neg(found.zero, out=self.low[groups])
 
-    def begins(self, channel: int, start: int) -> bool:
-        """Return whether grids have to be laid when this channel is reached, in a block that begins at `start`."""
-        return channel == start or (not self.grids.static and channel % self.size == 0)
+    def begins(self, start: int, stop: int) -> Sequence[int]:
+        """Return at which channels from `start` to `stop` grids have to be laid."""
+        if self.grids.static:
+            return (start,)
+        inside = range(-(-start // self.size) * self.size, stop, self.size)
+        return inside if start in inside else (start, *inside)
 
     def lay(self, x: Tensor, channel: int, scale: Tensor, low: Tensor, high: Tensor) -> None:
         """Write the grids of the channels from this one on, as far as they are known.
@@ -331,39 +345,52 @@ class _Part:
         Args:
             x: Weights of all channels in the order of solving, up to date.
             channel: That is rounded now.
-            scale: Of the channels from this one to the end of the block.
+            scale: Of the channels from this one to the end of the strip.
             low: Their lowest steps.
             high: Their highest steps.
         """
-        count = len(scale)
-        if not self.grids.static:
-            end = channel + self.size
+        if self.grids.static:
+            group: Tensor | int = self.group[channel : channel + len(scale)]
+        else:
+            group, end = channel // self.size, channel + self.size
             if channel % self.size == 0:
-                self._fit(channel // self.size, x[channel:end, self.where], self.importance[channel:end])
-            count = min(count, self.size)
-        group = self.group[channel : channel + count]
-        scale[:count, self.where] = self.scales[group]
-        low[:count, self.where] = -self.zeros[group]
-        high[:count, self.where] = 2**self.grids.bits - 1 - self.zeros[group]
+                self._fit(group, x[channel:end, self.where], self.importance[channel:end])
+            scale, low, high = (each[: self.size] for each in (scale, low, high))
+        scale[:, self.where] = self.scales[group]
+        low[:, self.where] = self.low[group]
+        torch.add(low[:, self.where], 2**self.grids.bits - 1, out=high[:, self.where])
 
     def result(self, codes: Tensor, back: Tensor) -> GroupCodes:
         """Return the codes, channels as they lay."""
         return GroupCodes(
             codes=codes[:, self.where][back].T.contiguous(),
             scales=self.scales.T.half().contiguous(),
-            zeros=self.zeros.T.to(torch.uint8).contiguous(),
+            zeros=self.low.T.neg().to(torch.uint8).contiguous(),
             g_idx=self.group[back].to(torch.int32),
             bits=self.grids.bits,
         )
 
 
-def _blocks(inputs: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield blocks of at most `BLOCK` channels in which every group that begins has all its channels up to date.
+Blocks = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+"""First and last channel of each block, and of its strips."""
 
-    A group may not begin within a block and end beyond it: the channels beyond have not been told yet.
+
+@cache
+def _blocks(inputs: int, size: int) -> Blocks:
+    """Return blocks of at most `BLOCK` channels, each in strips of at most `STRIP`."""
+    return tuple(
+        (start, stop, tuple((start + first, start + end) for first, end in _parts(stop - start, size, STRIP)))
+        for start, stop in _parts(inputs, size, BLOCK)
+    )
+
+
+def _parts(inputs: int, size: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield at most so many channels after the other; every group that begins has all its channels up to date.
+
+    A group may not begin within a part and end beyond it: the channels beyond have not been told yet.
     """
-    step = BLOCK // size * size if size <= BLOCK else size
+    step = most // size * size if size <= most else size
     for outer in range(0, inputs, step):
         end = min(outer + step, inputs)
-        for start in range(outer, end, BLOCK):
-            yield start, min(start + BLOCK, end)
+        for start in range(outer, end, most):
+            yield start, min(start + most, end)

@@ -346,7 +346,7 @@ def _sensitivity(asked: _Asked, works: Sequence[_Work], progress: Progress) -> S
     some = sensitivity.some(tokens, config.sensitivity)
 
     def make(felt: Sensitivity) -> None:
-        sensitivity.measure(model, asked.shape, some, into=felt, device=asked.device)
+        sensitivity.measure(model, asked.shape, some, into=felt, dtype=asked.compute, device=asked.device)
 
     if config.calibration.keep and asked.keep_in is not None:
         statistics = kept.identity(model, tokens, dtype=asked.compute, root=asked.keep_in)

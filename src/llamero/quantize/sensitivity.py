@@ -33,7 +33,7 @@ from llamero.quantize.problem import finite_weight
 COUPLED = 2048
 """Neighbouring outputs of which it is told how their errors add up; those further apart count for themselves."""
 
-VERSION = 1
+VERSION = 2
 """Raised when the same model and tokens give other measurements."""
 
 CHUNK = 512
@@ -128,9 +128,10 @@ def measure(
     tokens: Sequence[Int[Tensor, " time"]],
     *,
     into: Sensitivity,
+    dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Measure how the loss feels the outputs of every linear layer; computed in float32.
+    """Measure how the loss feels the outputs of every linear layer.
 
     Each layer runs twice forward and once backward. The inputs of all layers wait on disk for the way back.
 
@@ -139,6 +140,7 @@ def measure(
         config: Its shape.
         tokens: Sequences; they do not see each other.
         into: Where the result goes.
+        dtype: To compute in: float32 or bfloat16. Moments are summed in float32.
         device: Where to compute.
 
     Raises:
@@ -148,12 +150,12 @@ def measure(
     tensors = hf.open_tensors(directory)
     stored = stored_names(empty_model(config), tensors)
     embedding = tensors[stored[EMBEDDING]]
-    activations = [embedding[ids.long()].float().to(device) for ids in tokens]
+    activations = [embedding[ids.long()].to(device, dtype) for ids in tokens]
     del embedding
     waiting = into.path / "inputs"
     waiting.mkdir()
     for number in progress.track(range(config.num_layers), "sensitivity: forward", unit="layers"):
-        block = load_block(config, tensors, number, dtype=torch.float32, device=device)
+        block = load_block(config, tensors, number, dtype=dtype, device=device)
         save_file({str(i): x for i, x in enumerate(activations)}, waiting / f"{number}.safetensors")
         with torch.no_grad():
             activations = [_run(block, x, config) for x in activations]
@@ -162,7 +164,7 @@ def measure(
     gradients = _at_the_end(activations, config, tensors, stored)
     del activations
     for number in progress.track(range(config.num_layers - 1, -1, -1), "sensitivity: back", unit="layers"):
-        block = load_block(config, tensors, number, dtype=torch.float32, device=device).requires_grad_(False)
+        block = load_block(config, tensors, number, dtype=dtype, device=device).requires_grad_(False)
         file = waiting / f"{number}.safetensors"
         inputs = load_file(file, device=str(device))
         into.put(number, _back(block, inputs, gradients, config, where=f"model.layers.{number}"))
@@ -195,10 +197,10 @@ def _at_the_end(
     hidden: Sequence[Tensor], config: LlamaConfig, tensors: hf.Tensors, stored: dict[str, str]
 ) -> list[Tensor]:
     """Return the gradients by the last hidden states, of the log-likelihood of tokens drawn from the predictions."""
-    device = hidden[0].device
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps).requires_grad_(False).to(device)
+    device, dtype = hidden[0].device, hidden[0].dtype
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps).requires_grad_(False).to(device, dtype)
     norm.weight.copy_(tensors[stored["model.norm.weight"]])
-    head = tensors[stored[EMBEDDING if config.tie_word_embeddings else HEAD]].float().to(device)
+    head = tensors[stored[EMBEDDING if config.tie_word_embeddings else HEAD]].to(device, dtype)
     gradients = []
     for number, whole in enumerate(hidden):
         draws = torch.Generator().manual_seed(number)  # the same whatever runs before or beside
@@ -207,11 +209,18 @@ def _at_the_end(
             x = part.detach().requires_grad_()
             with torch.enable_grad():
                 logits = F.linear(norm(x), head)
-                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws).flatten()
-                loss = F.cross_entropy(logits, drawn.to(device), reduction="sum")
-            parts += torch.autograd.grad(loss, x)
+            slope = logits.detach().float().softmax(-1)
+            slope.scatter_add_(1, _drawn(slope, draws), slope.new_full((len(part), 1), -1))
+            parts += torch.autograd.grad(logits, x, slope.to(dtype))
         gradients.append(torch.cat(parts))
     return gradients
+
+
+def _drawn(p: Float[Tensor, "tokens vocab"], draws: torch.Generator) -> Int[Tensor, "tokens 1"]:
+    """Return a token of each distribution: that at which a random share of the whole has been passed."""
+    passed = p.cumsum(1)
+    share = torch.rand(len(p), 1, generator=draws).to(p.device) * passed[:, -1:]
+    return torch.searchsorted(passed, share).clamp_(max=p.shape[1] - 1)
 
 
 def _back(
@@ -233,7 +242,8 @@ def _back(
         for source, members in INPUTS.items():
             g = torch.cat([by_name[name] for name in members], dim=1)  # (tokens, outputs)
             g = g.unflatten(1, (-1, set_size(g.shape[1]))).transpose(0, 1)  # (sets, tokens, size)
-            moments[source] = moments[source].baddbmm_(g.mT, g) if source in moments else g.mT @ g
+            product = (g.mT @ g).float()
+            moments[source] = moments[source].add_(product) if source in moments else product
     for source, moment in moments.items():
         if not bool(moment.isfinite().all()):
             raise LlameroError(

@@ -73,13 +73,17 @@ def test_groups_of_desc_order_follow_activation_and_static_groups_do_not():
 
 @pytest.mark.parametrize(("inputs", "size"), [(384, 32), (384, 96), (768, 256), (300, 300), (320, 160), (120, 40)])
 def test_no_group_begins_where_later_channels_are_stale(inputs, size):
-    blocks = list(gptq._blocks(inputs, size))
-    assert [start for start, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])]
-    assert blocks[-1][1] == inputs
-    assert all(stop - start <= gptq.BLOCK for start, stop in blocks)
-    for begin in range(0, inputs, size):
-        start, stop = next((start, stop) for start, stop in blocks if start <= begin < stop)
-        assert begin == start or begin + size <= stop
+    whole = gptq._blocks(inputs, size)
+    blocks = [(start, stop) for start, stop, _ in whole]
+    strips = [strip for _, _, mine in whole for strip in mine]
+    assert [(mine[0][0], mine[-1][1]) for _, _, mine in whole] == blocks
+    for parts, most in ((blocks, gptq.BLOCK), (strips, gptq.STRIP)):
+        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])]
+        assert parts[-1][1] == inputs
+        assert all(stop - start <= most for start, stop in parts)
+        for begin in range(0, inputs, size):
+            start, stop = next((start, stop) for start, stop in parts if start <= begin < stop)
+            assert begin == start or begin + size <= stop
 
 
 ASKED = (
