@@ -31,7 +31,7 @@ END = ".progress"
 REST = "rest"
 """The part of a decoder layer that is not quantized."""
 
-VERSION = 1
+VERSION = 2
 """Raised when what a run writes, or how it remembers it, changes."""
 
 
