@@ -56,13 +56,14 @@ def pack(codes: UInt8[Tensor, "n columns"], bits: int) -> Int[Tensor, "words col
     values, words = period(bits)
     if codes.shape[0] % values:
         raise ValueError(f"{codes.shape[0]} codes of {bits} bits do not fill 32-bit words")
-    parts = codes.unflatten(0, (-1, values)).long()  # (periods, values, columns)
+    parts = codes.unflatten(0, (-1, values))  # (periods, values, columns)
     stream = torch.zeros(parts.shape[0], words, *codes.shape[1:], dtype=torch.int64, device=codes.device)
     for i in range(values):
         word, shift = divmod(i * bits, 32)
-        stream[:, word] |= parts[:, i] << shift
+        value = parts[:, i].long()
+        stream[:, word] |= value << shift
         if shift + bits > 32:
-            stream[:, word + 1] |= parts[:, i] >> (32 - shift)
+            stream[:, word + 1] |= value >> (32 - shift)
     return signed(stream & _WORD).flatten(0, 1)
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from llamero.model.config import LlamaConfig
     from llamero.quantize.config import QuantizeConfig
-    from llamero.quantize.needs import Needs
     from llamero.quantize.run import VariantReport
     from llamero.quantize.sequences import Drawn
     from llamero.quantize.sizes import Size
@@ -167,6 +166,7 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     import_uninterrupted("llamero.quantize.run")
     from llamero.model.load import load_config
     from llamero.quantize.choose import choose
+    from llamero.quantize.needs import needs
     from llamero.quantize.progress import END, decided, forget, place
     from llamero.quantize.run import run as make
     from llamero.quantize.sequences import draw
@@ -186,7 +186,7 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
         _refuse_taken(out_dir, config.variants)
         stack.enter_context(alone_in(progress))
         texts = measured.read_texts(config, tokenizer, directory, drawn)
-        about = _needs(config, load_config(directory), [len(ids) for ids in drawn.sequences])
+        about = needs(load_config(directory), [len(ids) for ids in drawn.sequences], config)
         disk = about.file + (about.kept if config.calibration.keep else 0)
         said = f"about {size(about.memory)} of memory" + (f", {size(disk)} of disk beside the variants" if disk else "")
         out.print(f"calibration takes {said}")
@@ -279,6 +279,7 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     import_uninterrupted("llamero.quantize.sizes")
     from llamero.model.load import DTYPES, empty_model
     from llamero.quantize.choose import choose
+    from llamero.quantize.needs import needs
     from llamero.quantize.sizes import size as foretell
 
     shape, config, known_from, source = _shape(model, keys)
@@ -301,21 +302,14 @@ def _say_plan(model: str, keys: dict[str, Any], *, as_json: bool) -> None:
     if any(found.without_tokenizer for found in sizes):
         out.print("GGUF files hold the tokenizer too, which is not counted: it is not at hand", soft_wrap=True)
     text = config.calibration
-    about = _needs(config, shape, [text.sequence] * (text.tokens // text.sequence))
+    chosen_ones = config.model_copy(update={"variants": tuple(variant.name for variant in chosen)})
+    about = needs(shape, [text.sequence] * (text.tokens // text.sequence), chosen_ones)
     disk = f"{size(about.file)} of disk while it lasts" if about.file else "no disk"
     out.print(f"all of ours: {size(sum(found.ours for found in sizes))}", highlight=False)
     said = f"about {size(about.memory)} of memory, {disk}; its statistics with --keep {size(about.kept)}"
     out.print(f"calibration on {text.tokens:,} tokens: {said}", highlight=False, soft_wrap=True)
     _say_why([found.variant for found in sizes])
     say_left_out(left)
-
-
-def _needs(config: QuantizeConfig, shape: LlamaConfig, lengths: Sequence[int]) -> Needs:
-    """Return what a calibration on sequences of some lengths takes, in the arithmetic that it comes to here."""
-    from llamero.model.load import DTYPES
-    from llamero.quantize.needs import needs
-
-    return needs(shape, lengths, itemsize=DTYPES[config.calibration.arithmetic].itemsize)
 
 
 def _loads_in(variant: Variant) -> str:

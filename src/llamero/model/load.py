@@ -97,9 +97,22 @@ def empty_model(config: LlamaConfig) -> Llama:
 
 
 def load_block(
-    config: LlamaConfig, tensors: hf.Tensors, number: int, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+    config: LlamaConfig,
+    tensors: hf.Tensors,
+    number: int,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device = "cpu",
 ) -> Block:
-    """Return one decoder layer, in evaluation mode, so that a model can be walked through layer by layer."""
+    """Return one decoder layer, in evaluation mode, so that a model can be walked through layer by layer.
+
+    Args:
+        config: Shape of the model.
+        tensors: Of the model.
+        number: Of the layer.
+        dtype: Of the parameters, `None` as they are stored.
+        device: Where they go.
+    """
     with torch.device("meta"):
         block = Block(config)
     for name, _ in list(block.named_parameters()):

@@ -88,33 +88,6 @@ def encode(weight: Float[Tensor, "out d"], *, double: bool) -> dict[str, Tensor]
     return {"packed": packed, "absmax": nested, "nested_absmax": nested_absmax, "offset": offset}
 
 
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """A weight matrix in NF4, with quantized scales."""
-
-    parts: Mapping[str, Tensor]
-    """As `encode` returns them."""
-    shape: tuple[int, int]
-    """(out, d)."""
-
-    def rows(self, start: int, stop: int) -> "Codes":
-        """Refuse: scales are quantized over all of the weight."""
-        raise NotImplementedError(f"rows {start} to {stop} of NF4 codes")
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out d"]:
-        """Return the weights that are meant."""
-        return decode(self.parts, self.shape, dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return its numbers, and the tables of values, by name."""
-        return {**self.parts, "book": CODE_BOOK, "nested_book": DYNAMIC_MAP}
-
-
-def codes(weight: Float[Tensor, "out d"]) -> Codes:
-    """Return a weight in NF4 with quantized scales."""
-    return Codes(encode(weight, double=True), (weight.shape[0], weight.shape[1]))
-
-
 class Place(NamedTuple):
     """Where the blocks of a part of a weight lie among those of the whole: runs of neighbours, evenly apart."""
 
@@ -131,6 +104,41 @@ class Place(NamedTuple):
 
 
 WHOLE = Place()
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A weight matrix in NF4, with quantized scales; or some rows of one."""
+
+    parts: Mapping[str, Tensor]
+    """As `encode` returns them."""
+    shape: tuple[int, int]
+    """(out, d)."""
+    place: Place = WHOLE
+    """Where the blocks lie among those of the whole."""
+
+    def rows(self, start: int, stop: int) -> "Codes":
+        """Return some of the output channels, which must be of whole blocks."""
+        outputs, inputs = self.shape
+        if inputs % BLOCK and (start, stop) != (0, outputs):
+            raise ValueError(f"rows of {inputs} weights are no whole blocks of {BLOCK}")
+        blocks = slice(start * inputs // BLOCK, stop * inputs // BLOCK)
+        mine = {"packed": self.parts["packed"][start * inputs // 2 : stop * inputs // 2]}
+        parts = {**self.parts, **mine, "absmax": self.parts["absmax"][blocks]}
+        return Codes(parts, (stop - start, inputs), Place(self.place.first + blocks.start))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out d"]:
+        """Return the weights that are meant."""
+        return decode(self.parts, self.shape, dtype, self.place)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its numbers, and the tables of values, by name."""
+        return {**self.parts, "book": CODE_BOOK, "nested_book": DYNAMIC_MAP}
+
+
+def codes(weight: Float[Tensor, "out d"]) -> Codes:
+    """Return a weight in NF4 with quantized scales."""
+    return Codes(encode(weight, double=True), (weight.shape[0], weight.shape[1]))
 
 
 def cut(

@@ -7,6 +7,9 @@ from torch import Tensor
 from llamero.checkpoint.codes import GroupCodes
 from llamero.model import grid
 
+_AT_ONCE = 1 << 24
+"""Weights that are rounded at a time."""
+
 
 def quantize(w: Float[Tensor, "out d"], *, bits: int, group_size: int, sym: bool = True) -> GroupCodes:
     """Return the nearest codes.
@@ -18,13 +21,14 @@ def quantize(w: Float[Tensor, "out d"], *, bits: int, group_size: int, sym: bool
         sym: Whether zero is in the middle of every grid.
     """
     size = w.shape[1] if group_size == -1 else group_size
+    parts = [_quantize(part, bits, size, sym) for part in w.split(max(1, _AT_ONCE // w.shape[1]))]
+    codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    return GroupCodes(codes, scales, zeros, (torch.arange(w.shape[1], device=w.device) // size).to(torch.int32), bits)
+
+
+def _quantize(w: Tensor, bits: int, size: int, sym: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scales and zero points of some rows."""
     grouped = w.unflatten(1, (-1, size))  # (out, groups, size)
     grids = grid.fit(grouped, dim=2, bits=bits, sym=sym)
     spread = grid.Grid(grids.scale[..., None], grids.zero[..., None], bits)
-    return GroupCodes(
-        codes=spread.encode(grouped).flatten(1).to(torch.uint8),
-        scales=grids.scale.half(),
-        zeros=grids.zero.to(torch.uint8),
-        g_idx=(torch.arange(w.shape[1], device=w.device) // size).to(torch.int32),
-        bits=bits,
-    )
+    return spread.encode(grouped).flatten(1).to(torch.uint8), grids.scale.half(), grids.zero.to(torch.uint8)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llamero.model import rtn
-from llamero.quantize.problem import LayerProblems, Solution
+from llamero.quantize.problem import AT_ONCE, LayerProblems, Solution
 
 BEFORE = {
     "self_attn.q_proj": "input_layernorm",
@@ -63,8 +63,10 @@ def search(
     """
     best: Scaled | None = None
     for s in _candidates(w, mean_abs, size=w.shape[1] if group_size == -1 else group_size):
-        rounded = rtn.quantize(w * s, bits=bits, group_size=group_size, sym=sym).dequantize() / s
-        error = float((((w - rounded) @ h) * (w - rounded)).sum(dtype=torch.float64))
+        error = 0.0
+        for part in _rows(w):
+            rounded = rtn.quantize(part * s, bits=bits, group_size=group_size, sym=sym).dequantize() / s
+            error += float((((part - rounded) @ h) * (part - rounded)).sum(dtype=torch.float64))
         if best is None or error < best.error:
             best = Scaled(s, error)
     assert best is not None
@@ -73,8 +75,11 @@ def search(
 
 def _candidates(w: Tensor, mean_abs: Tensor, *, size: int) -> Iterator[Tensor]:
     yield torch.ones_like(mean_abs)
-    groups = w.abs().unflatten(1, (-1, size))
-    weight = (groups / (groups.amax(2, keepdim=True) + 1e-6)).flatten(1).mean(0)  # (d,)
+    sums = []
+    for part in _rows(w):
+        groups = part.abs().unflatten(1, (-1, size))
+        sums.append((groups / (groups.amax(2, keepdim=True) + 1e-6)).flatten(1).sum(0))
+    weight = torch.stack(sums).sum(0) / len(w)  # (d,)
     for ratio in RATIOS:
         s = (mean_abs**ratio / (weight ** (1 - ratio) + 1e-4)).clamp(min=1e-4)
         yield s / (s.max() * s.min()).sqrt()
@@ -121,10 +126,10 @@ def solve(layer: LayerProblems, *, bits: int, group_size: int, sym: bool = False
 
     Where heads share values (grouped queries), the inputs of `o_proj` stay as they are: a value's row feeds several.
     """
-    parameters = {name: parameter.detach().float() for name, parameter in layer.block.named_parameters()}
+    parameters = dict(layer.block.named_parameters())
     folded: dict[str, Tensor] = {}
     for source, problem in layer.inputs.items():
-        if len(parameters[f"{BEFORE[source]}.weight"]) == problem.weight.shape[1]:
+        if len(parameters[f"{BEFORE[source]}.weight"]) == problem.inputs:
             about = problem.statistics
             found = search(
                 problem.weight, about.second_moment, about.mean_abs, bits=bits, group_size=group_size, sym=sym
@@ -132,22 +137,23 @@ def solve(layer: LayerProblems, *, bits: int, group_size: int, sym: bool = False
             folded[BEFORE[source]] = found.scales
     solution = Solution()
     for source, problem in layer.inputs.items():
+        ones = torch.ones_like(problem.statistics.mean_abs)
         rows = [
-            folded.get(name, problem.weight.new_ones(count))
-            for name, count in zip(problem.names, problem.outputs, strict=True)
+            folded.get(name, ones.new_ones(count)) for name, count in zip(problem.names, problem.outputs, strict=True)
         ]
-        inputs = folded.get(BEFORE[source], problem.weight.new_ones(problem.weight.shape[1]))
-        scaled = problem.scaled(inputs, torch.cat(rows))
-        moment, parts = scaled.statistics.second_moment, scaled.weight.split(problem.outputs)
-        weight = torch.cat(
-            [
-                part if name in _UNCLIPPED else clip(part, moment, bits=bits, group_size=group_size, sym=sym)
-                for name, part in zip(problem.names, parts, strict=True)
-            ]
-        )
-        solution.add(scaled, rtn.quantize(weight, bits=bits, group_size=group_size, sym=sym), times=torch.cat(rows))
+        scaled = problem.scaled(folded.get(BEFORE[source], ones), torch.cat(rows))
+        moment, codes = scaled.statistics.second_moment, {}
+        for name, part in zip(problem.names, scaled.weight.split(problem.outputs), strict=True):
+            weight = part if name in _UNCLIPPED else clip(part, moment, bits=bits, group_size=group_size, sym=sym)
+            codes[name] = rtn.quantize(weight, bits=bits, group_size=group_size, sym=sym)
+        solution.add_parts(scaled, codes, times=torch.cat(rows))
+        del scaled, moment, part, weight  # before the next ones are made, not after
     for name, value in parameters.items():
         owner, _, leaf = name.rpartition(".")
         if owner in folded and (leaf == "bias" or owner not in solution.codes):
-            solution.changed[name] = value / folded[owner]
+            solution.changed[name] = value.detach().float() / folded[owner]
     return solution
+
+
+def _rows(w: Tensor) -> tuple[Tensor, ...]:
+    return w.split(max(1, AT_ONCE // w.shape[1]))

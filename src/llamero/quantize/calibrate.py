@@ -5,7 +5,7 @@ sequences; groups run side by side, each in a thread that computes alone, and wh
 (`statistics`). So the same model, text and dtype give the same bytes, whatever the number of threads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +31,9 @@ from llamero.quantize.waiting import KeptWaiting, Waiting
 GROUP_TOKENS = 2048
 """Sequences go through a layer together until they have this many tokens."""
 
+PASS_BYTES = 12 << 30
+"""Bytes that text takes on its way through a layer, with the layer and the sums; threads are fewer where it is more."""
+
 UNQUANTIZED = ""
 """The stream of activations that no quantized weight has touched."""
 
@@ -41,14 +44,14 @@ class Layer:
 
     number: int
     block: Block
-    """The layer as it is stored, in float32."""
+    """The layer as it is stored."""
     statistics: dict[str, Statistics]
     """By the keys of `INPUTS`."""
     stream: str = UNQUANTIZED
     """Which activations these are."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """To be filled in for any stream but the unquantized one: the parameters with which it flows on, by their names
-    in the layer; those that are not here stay as they are."""
+    weights: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """To be filled in for any stream but the unquantized one: what makes the parameters with which it flows on, by
+    their names in the layer; those that are not here stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Walk:
                 if waiting.layer != number:
                     continue  # it went on before the walk was cut off
                 statistics = self._observe(number, waiting, flows_on=name == UNQUANTIZED)
-                block = load_block(self._config, self._tensors, number, dtype=torch.float32, device=self.device)
+                block = load_block(self._config, self._tensors, number, dtype=None, device=self.device)
                 layer = Layer(number, block, statistics, name)
                 del statistics, block
                 yield layer
@@ -163,12 +166,13 @@ class Walk:
             self._run(block, waiting, flows_on=flows_on)
         return {name: recorder.sums.statistics(recorder.where) for name, recorder in recorders.items()}
 
-    def _flow_on(self, number: int, waiting: Waiting | KeptWaiting, weights: Mapping[str, Tensor]) -> None:
+    def _flow_on(self, number: int, waiting: Waiting | KeptWaiting, weights: dict[str, Callable[[], Tensor]]) -> None:
         if not weights:
             raise ValueError(f"layer {number} was given no weights to flow on through")
         with self._model.layer(number) as block:
-            for name, value in weights.items():
-                block.get_parameter(name).data.copy_(value)
+            for name, make in weights.items():
+                block.get_parameter(name).data.copy_(make())
+            weights.clear()
             self._run(block, waiting, flows_on=True)
 
     def _run(self, block: Block, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> None:
@@ -197,7 +201,12 @@ class Walk:
 
     def _for_all(self, one: Callable[[int], None]) -> None:
         """Call a function for every group, for the first before the others."""
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        threads = 1
+        if self.device.type == "cpu":
+            room = PASS_BYTES - resting(self._config, self._model.dtype.itemsize)
+            a_group = max(sum(group.layout.lengths) for group in self._groups)
+            a_group = passing(self._config, a_group, self._model.dtype.itemsize)
+            threads = min(torch.get_num_threads(), max(1, room // a_group))
         with _alone():
             one(0)
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -298,6 +307,35 @@ def _groups(config: LlamaConfig, tokens: Sequence[Int[Tensor, " time"]], device:
             groups.append(Group(start, layout, rotations[layout.lengths]))
             start, lengths = number + 1, []
     return groups
+
+
+def passing(config: LlamaConfig, tokens: int, itemsize: int) -> int:
+    """Return about how many bytes a group takes while it goes through a layer.
+
+    Args:
+        config: Shape of the model.
+        tokens: Of the group.
+        itemsize: Bytes of a number in the forward pass.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return tokens * ((3 * hidden + 3 * inner) * itemsize + 3 * 4 * inner)
+
+
+def resting(config: LlamaConfig, itemsize: int) -> int:
+    """Return how many bytes a layer and the sums of its statistics take; arguments as of `passing`."""
+    return weights(config) * itemsize + sum(moments(config))
+
+
+def weights(config: LlamaConfig) -> int:
+    """Return the number of weights of a layer's linear layers."""
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    return 2 * hidden * heads + 2 * hidden * config.num_kv_heads * config.head_dim + 3 * hidden * inner
+
+
+def moments(config: LlamaConfig) -> list[int]:
+    """Return the bytes of each second moment of a layer, or of its sums: half of it in float64."""
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    return [4 * width**2 for width in (hidden, heads, hidden, inner)]
 
 
 def check_tokens(tokens: Sequence[Int[Tensor, " time"]], config: LlamaConfig) -> None:

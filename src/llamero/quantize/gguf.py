@@ -15,7 +15,7 @@ from llamero.model.load import load_config
 from llamero.model.rope import Llama3
 from llamero.quantize import gguf_mix, gguf_sizes
 from llamero.quantize.gguf_metadata import metadata
-from llamero.quantize.problem import Solution
+from llamero.quantize.problem import AT_ONCE, Solution
 from llamero.quantize.variants import Variant
 from llamero.quantize.write import carry_over, quantized_layers
 
@@ -125,8 +125,9 @@ class GgufVariantWriter:
 
 
 def _rounded(value: Tensor, kind: str, name: str, importance: Tensor | None) -> BlockCodes:
-    codes = round_to(value, kind, importance=importance)
-    if not bool(codes.dequantize().isfinite().all()):
+    codes, rows = round_to(value, kind, importance=importance), max(1, AT_ONCE // value.shape[-1])
+    parts = (codes.rows(start, start + rows) for start in range(0, len(value), rows))
+    if not all(bool(part.dequantize().isfinite().all()) for part in parts):
         raise LlameroError(f"its values (up to {value.abs().max():g}) do not fit into {kind}", where=name)
     return codes
 

@@ -193,7 +193,6 @@ def solve(
         outputs: How errors of outputs add up; without it each counts for itself, and rows are independent.
     """
     inputs = w.shape[1]
-    w = w.masked_fill(factor.dead, 0)
     stacks: dict[Blocks, list[int]] = {}
     for number, grids in enumerate(asked):
         stacks.setdefault(_blocks(inputs, grids.size(inputs)), []).append(number)
@@ -228,6 +227,7 @@ class _Solver:
     def alone(self, w: Tensor) -> Iterator[tuple[GroupCodes, ...]]:
         """Yield the codes of some rows after the other, none of which changes another's."""
         for part in w.split(max(1, COLUMNS // len(self.asked))):
+            part = part.masked_fill(self.factor.dead, 0)
             yield self.sweep(part.expand(len(self.asked), *part.shape))
 
     def together(self, w: Tensor, outputs: Outputs) -> Iterator[tuple[GroupCodes, ...]]:
@@ -249,7 +249,7 @@ class _Solver:
             order: (sets, size), in which outputs are solved.
         """
         count, size, _ = w.shape
-        w = w.take_along_dim(order[..., None], 1)
+        w = w.take_along_dim(order[..., None], 1).masked_fill_(self.factor.dead, 0)
         targets = w.expand(len(self.asked), *w.shape).clone()  # (grids, sets, size, d)
         pieces: list[tuple[GroupCodes, ...]] = []
         rows: list[Tensor] = []  # where outputs of the pieces lie
@@ -263,7 +263,8 @@ class _Solver:
                 made = torch.stack([codes.dequantize(w.dtype) for codes in pieces[-1]]).view_as(wanted)
                 within, beyond = u[:, start:stop, start:stop], u[:, start:stop, stop:]
                 errors = torch.linalg.solve_triangular(within.mT, wanted - made, upper=False)
-                targets[:, :, stop:] -= beyond.mT @ errors
+                for target, error in zip(targets, errors, strict=True):
+                    target[:, stop:] -= beyond.mT @ error
         back = torch.cat(rows).argsort()
         return tuple(_one_below_the_other(mine, back) for mine in zip(*pieces, strict=True))
 

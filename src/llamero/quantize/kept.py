@@ -141,7 +141,7 @@ def _read(found: Artifact, model: Path, config: LlamaConfig, walk: Walk, first: 
     for number in progress.track(range(first, config.num_layers), "solve", unit="layers"):
         _check(found, _stem(number))
         statistics = {name: _statistics(tensors, f"{number}.{name}", device) for name in INPUTS}
-        block = load_block(config, weights, number, dtype=torch.float32, device=device)
+        block = load_block(config, weights, number, dtype=None, device=device)
         layer = Layer(number, block, statistics)
         del statistics, block
         yield layer

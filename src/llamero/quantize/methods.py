@@ -3,15 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from llamero.checkpoint.codes import GroupCodes
 from llamero.model import rtn
 from llamero.quantize import awq, bitsandbytes, gptq, kquant
 from llamero.quantize.problem import LayerProblems, Problem, Solution
 from llamero.quantize.refine import refine
 from llamero.quantize.variants import Variant
-
-HELD = 2**31
-"""Codes, of a byte each, that GPTQ holds at a time: variants of a large layer are solved a few at a time."""
 
 SHRINKS: dict[int, tuple[float, ...]] = dict.fromkeys((3, 4, 5, 6), tuple(step / 20 for step in range(12, 20)))
 """Sizes of grids that GPTQ tries beside the whole span of a group's weights, by the width of codes. At 8 bits nothing
@@ -37,33 +33,50 @@ def _rtn(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution
 
 
 def _gptq(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:
-    weights = sum(problem.weight.numel() for problem in layer.inputs.values())
-    count = max(1, HELD // weights)
-    for first in range(0, len(variants), count):
-        yield from _gptq_together(layer, variants[first : first + count])
+    for some in layer.together(variants):
+        yield from _gptq_together(layer, some)
 
 
 def _gptq_together(layer: LayerProblems, variants: Sequence[Variant]) -> list[Solution]:
     """Return solutions of variants that are held in memory at a time; those with the same order share a sweep."""
     solutions, seconds = [Solution() for _ in variants], [0.0] * len(variants)
-    for problem in layer.inputs.values():
+    for problem in layer.heaviest_first():
         for by_activation in (True, False):
             mine = [i for i, variant in enumerate(variants) if (variant.actorder != "none") == by_activation]
-            if not mine:
-                continue
-            started = time.perf_counter()
-            shrinks = SHRINKS if problem.outputs_felt is None else COUPLED_SHRINKS
-            asked = [_grids(variants[i], shrinks) for i in mine]
-            factor = problem.factor(by_activation)
-            found = gptq.solve(problem.weight, factor, asked, problem.outputs_felt)
-            shared = (time.perf_counter() - started) / len(mine)
-            for i, codes in zip(mine, found, strict=True):
-                started = time.perf_counter()
-                _take(solutions[i], layer, problem, variants[i], factor, codes)
-                seconds[i] += shared + time.perf_counter() - started
-    for solution, spent in zip(solutions, seconds, strict=True):
-        solution.seconds = spent
+            if mine:
+                chosen = [variants[i] for i in mine]
+                spent = _in_one_order(layer, problem, by_activation, chosen, [solutions[i] for i in mine])
+                for i, each in zip(mine, spent, strict=True):
+                    seconds[i] += each
+    for solution, whole in zip(solutions, seconds, strict=True):
+        solution.seconds = whole
     return solutions
+
+
+def _in_one_order(
+    layer: LayerProblems,
+    problem: Problem,
+    by_activation: bool,
+    variants: Sequence[Variant],
+    solutions: Sequence[Solution],
+) -> list[float]:
+    """Add the codes of variants with the same order to their solutions; return the seconds that each took."""
+    started = time.perf_counter()
+    coupled = problem.coupled and problem.coupled()
+    asked = [_grids(variant, SHRINKS if coupled is None else COUPLED_SHRINKS) for variant in variants]
+    factor = problem.factor(by_activation)
+    found = gptq.solve(problem.weight, factor, asked, coupled)
+    damp, dead = factor.damp, int(factor.dead.sum())
+    del factor  # of a large layer it is as large as all weights
+    shared, seconds = (time.perf_counter() - started) / len(variants), []
+    for variant, solution, codes in zip(variants, solutions, found, strict=True):
+        started = time.perf_counter()
+        if sweeps := _sweeps(layer, problem, variant):
+            moment = problem.statistics.second_moment
+            codes = refine(problem.weight, moment, codes, damp=damp, sweeps=sweeps)
+        solution.add(problem, codes, damp=damp, dead=dead)
+        seconds.append(shared + time.perf_counter() - started)
+    return seconds
 
 
 def _grids(variant: Variant, shrinks: Mapping[int, tuple[float, ...]]) -> gptq.Grids:
@@ -71,16 +84,10 @@ def _grids(variant: Variant, shrinks: Mapping[int, tuple[float, ...]]) -> gptq.G
     return gptq.Grids(variant.bits, variant.group_size, variant.sym, static, shrinks.get(variant.bits, ()))
 
 
-def _take(
-    solution: Solution, layer: LayerProblems, problem: Problem, variant: Variant, factor: gptq.Factor, codes: GroupCodes
-) -> None:
-    """Refine codes, if their width is worth it, and add them to a solution."""
-    moment = problem.statistics.second_moment
-    own = REFINED.get(variant.bits, 0) if problem.outputs_felt is None else 0  # it knows nothing of other outputs
-    sweeps = own if layer.refine is None else layer.refine
-    if sweeps:
-        codes = refine(problem.weight, moment, codes, damp=factor.damp, sweeps=sweeps)
-    solution.add(problem, codes, damp=factor.damp, dead=int(factor.dead.sum()))
+def _sweeps(layer: LayerProblems, problem: Problem, variant: Variant) -> int:
+    """Return how often codes are refined: unless it is said, where their width is worth it."""
+    own = REFINED.get(variant.bits, 0) if problem.coupled is None else 0  # it knows nothing of other outputs
+    return own if layer.refine is None else layer.refine
 
 
 def _awq(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:

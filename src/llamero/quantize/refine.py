@@ -46,16 +46,11 @@ def refine(
             work.move_codes()
             work.move_scales()
         work.move_codes()
-        parts.append(work)
-    steps, scales, zeros = (torch.cat(p, 1) for p in zip(*((x.steps, x.scales, x.zeros) for x in parts), strict=True))
-    codes = (steps[order.argsort()] + zeros[start.g_idx.long()]).T
-    return GroupCodes(
-        codes.to(torch.uint8).contiguous(),
-        scales.T.to(start.scales.dtype).contiguous(),
-        start.zeros,
-        start.g_idx,
-        start.bits,
-    )
+        codes = (work.steps[order.argsort()] + work.zeros[start.g_idx.long()]).T
+        parts.append((codes.to(torch.uint8).contiguous(), work.scales.T.to(start.scales.dtype).contiguous()))
+        del work, codes  # before the next ones are made, not after
+    codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return GroupCodes(codes, scales, start.zeros, start.g_idx, start.bits)
 
 
 class _Work:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -373,7 +374,7 @@ def _solve_layer(
     at_work = [work for work in works if work.variant in stream.variants]
     if stream.leader is None and all(work.first(layer.number + 1) > layer.number for work in at_work):
         return
-    moments = None if felt is None else felt.of(layer.number)
+    moments = None if felt is None else partial(felt.of, layer.number)
     problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix, felt=moments)
     for part, name in ((part, name) for part in (*INPUTS, WHOLE) for name in METHODS):
         if (part == WHOLE) != (name in TOGETHER):
@@ -410,7 +411,7 @@ def _take(
 def _reports(problems: LayerProblems, solution: Solution) -> Iterator[ModuleReport]:
     for problem in problems.inputs.values():
         for name, outputs in zip(problem.names, problem.outputs, strict=True):
-            fit, weights = solution.fits[name], outputs * problem.weight.shape[1]
+            fit, weights = solution.fits[name], outputs * problem.inputs
             yield ModuleReport(
                 f"model.layers.{problems.number}.{name}",
                 error_per_weight=fit.error / problem.statistics.tokens / weights,

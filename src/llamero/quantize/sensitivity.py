@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,9 +49,19 @@ def set_size(outputs: int) -> int:
 
 def some(tokens: Sequence[Tensor], wanted: int) -> list[Tensor]:
     """Return sequences from all over the calibration text, with as many tokens as wanted or a little more."""
-    mean = sum(map(len, tokens)) / len(tokens)
-    count = min(len(tokens), math.ceil(wanted / mean))
-    return [tokens[i * len(tokens) // count] for i in range(count)]
+    chosen = _chosen([len(ids) for ids in tokens], wanted)
+    return [tokens[i] for i in chosen]
+
+
+def some_lengths(lengths: Sequence[int], wanted: int) -> list[int]:
+    """Return the lengths of what `some` returns, of the lengths of all sequences."""
+    return [lengths[i] for i in _chosen(lengths, wanted)]
+
+
+def _chosen(lengths: Sequence[int], wanted: int) -> list[int]:
+    mean = sum(lengths) / len(lengths)
+    count = min(len(lengths), math.ceil(wanted / mean))
+    return [i * len(lengths) // count for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,16 @@ class Sensitivity:
 
     path: Path
 
-    def of(self, number: int) -> dict[str, Float[Tensor, "sets size size"]]:
-        """Return the second moments of the gradients by the outputs of a decoder layer, by the keys of `INPUTS`.
+    def of(self, number: int, source: str) -> Float[Tensor, "sets size size"]:
+        """Return the second moments of the gradients by outputs in a decoder layer.
 
-        Outputs of linear layers with the same inputs lie one after the other, in sets of neighbours.
+        Args:
+            number: Of the decoder layer.
+            source: A key of `INPUTS`. Outputs of linear layers with the same inputs lie one after the other, in sets of
+                neighbours.
         """
-        return load_file(self.path / f"{number}.safetensors")
+        with safe_open(self.path / f"{number}.safetensors", "pt") as file:
+            return file.get_tensor(source)
 
     def put(self, number: int, moments: dict[str, Tensor]) -> None:
         """Remember a decoder layer's."""

@@ -124,7 +124,8 @@ def test_a_quantized_stream_flows_through_the_weights_it_is_given(model, tokens)
         found[layer.stream].append(layer)
         weight = layer.block.mlp.down_proj.weight.detach()
         if layer.stream != calibrate.UNQUANTIZED:
-            layer.weights["mlp.down_proj.weight"] = weight / 2 if layer.stream == "halved" else weight
+            value = weight / 2 if layer.stream == "halved" else weight
+            layer.weights["mlp.down_proj.weight"] = value.clone
     plain = load_model(model, dtype=torch.float32)
     seen = brute_force(plain, tokens)
     for layer in (*found[calibrate.UNQUANTIZED], *found["same"]):

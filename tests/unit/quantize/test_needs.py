@@ -1,5 +1,10 @@
+from pathlib import Path
+
+import pytest
+
 from llamero.model.config import LlamaConfig
 from llamero.model.rope import Default
+from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.needs import needs
 
 LLAMA_70B = LlamaConfig(
@@ -14,19 +19,41 @@ LLAMA_70B = LlamaConfig(
     max_position_embeddings=4096,
 )
 
+TEXT = [4096] * 64
+
+
+def asked(**keys):
+    calibration = Calibration(text=Path("-"), compute="bfloat16", **keys.pop("calibration", {}))
+    return QuantizeConfig(calibration=calibration, **keys)
+
 
 def test_activations_of_70b_wait_in_a_file():
     found = needs(LLAMA_70B, [4096] * 64)
     assert found.file == 2 * 262_144 * 8192 * 2
 
 
+def test_every_stream_has_activations_of_its_own():
+    names = ("gptq-4bit-128g-actorder_True", "gptq-3bit-128g-actorder_True")
+    exact = needs(LLAMA_70B, TEXT, asked(variants=names, calibration={"propagation": "exact"}))
+    assert exact.file == 2 * needs(LLAMA_70B, TEXT, asked(variants=names)).file
+
+
 def test_memory_does_not_grow_with_the_depth_or_with_text_that_waits_in_a_file():
-    few, many = needs(LLAMA_70B, [4096] * 64), needs(LLAMA_70B, [4096] * 128)
+    few, many = needs(LLAMA_70B, TEXT), needs(LLAMA_70B, [4096] * 128)
     assert few.memory == many.memory
     shallow = LlamaConfig(**{**vars(LLAMA_70B), "num_layers": 2})
-    assert needs(shallow, [4096] * 64).memory == few.memory
-    assert needs(shallow, [4096] * 64).kept == few.kept // 40
+    assert needs(shallow, TEXT).memory == few.memory
+    assert needs(shallow, TEXT).kept == few.kept // 40
 
 
-def test_the_pass_alone_stays_below_16_gib():
-    assert needs(LLAMA_70B, [4096] * 64, solve=False).memory < 16 * 2**30
+@pytest.mark.parametrize("keys", [{}, {"sensitivity": 0}, {"sensitivity": 0, "refine": 2}, {"sym": False}])
+def test_the_default_set_of_a_70b_model_takes_less_than_16_gib(keys):
+    assert needs(LLAMA_70B, TEXT, asked(**keys)).memory < 16 * 2**30
+
+
+def test_methods_that_look_at_weights_alone_take_less_than_16_gib():
+    assert needs(LLAMA_70B, TEXT, asked(variants=("rtn-4bit-128g", "nf4", "int8"))).memory < 16 * 2**30
+
+
+def test_solving_takes_more_than_the_pass():
+    assert needs(LLAMA_70B, TEXT).memory < needs(LLAMA_70B, TEXT, asked()).memory

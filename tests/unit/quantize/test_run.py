@@ -9,12 +9,13 @@ import torch
 from safetensors.numpy import load_file
 
 from llamero.core.errors import LlameroError
+from llamero.model import rtn
 from llamero.model.config import LlamaConfig
 from llamero.model.linear import PackedLinear
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
-from llamero.quantize import calibrate
+from llamero.quantize import awq, calibrate, problem
 from llamero.quantize.calibrate import INPUTS
 from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.run import run
@@ -386,3 +387,24 @@ def test_outputs_answer_to_one_another_where_it_is_asked_for_and_leave_nothing_b
 def test_refinement_takes_each_output_for_itself():
     with pytest.raises(ValueError, match="set `sensitivity: 0`"):
         config(refine=1)
+
+
+def test_what_is_held_at_a_time_changes_no_byte(model, tokens, tmp_path, monkeypatch):
+    names = (
+        "gptq-4bit-32g-actorder_True",
+        "gptq-3bit-32g-actorder_False",
+        "rtn-4bit-32g",
+        "awq-4bit-32g",
+        "int8",
+        "nf4",
+    )
+
+    def files(out):
+        run(config(variants=names, sensitivity=0), model=model, out=lambda v: out / v.name, tokens=tokens)
+        return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+
+    whole = files(tmp_path / "whole")
+    monkeypatch.setattr(problem, "HELD", 1)  # each variant by itself
+    for module, name in ((problem, "AT_ONCE"), (awq, "AT_ONCE"), (rtn, "_AT_ONCE")):
+        monkeypatch.setattr(module, name, 1000)  # a few rows
+    assert files(tmp_path / "parts") == whole

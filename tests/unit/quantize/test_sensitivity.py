@@ -75,7 +75,7 @@ def test_moments_are_those_of_a_backward_pass_through_the_whole_model(tmp_path, 
     with passing(tmp_path) as felt:
         measure(tmp_path / "model", model.config, TOKENS, into=felt)
         for (number, source), expected in by_autograd(model).items():
-            (found,) = felt.of(number)[source]
+            (found,) = felt.of(number, source)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         assert sorted(path.name for path in felt.path.rglob("*.safetensors")) == ["0.safetensors", "1.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing waits on disk any more
@@ -87,7 +87,7 @@ def test_many_outputs_are_coupled_with_their_neighbours_only(tmp_path, monkeypat
     with passing(tmp_path) as felt:
         measure(tmp_path / "model", model.config, TOKENS, into=felt)
         whole = by_autograd(model)[1, "mlp.gate_proj"]  # (48, 48)
-        parts = felt.of(1)["mlp.gate_proj"]
+        parts = felt.of(1, "mlp.gate_proj")
         assert parts.shape == (3, 16, 16)
         for i, part in enumerate(parts):
             torch.testing.assert_close(part, whole[16 * i : 16 * i + 16, 16 * i : 16 * i + 16], rtol=1e-3, atol=1e-4)
@@ -132,7 +132,7 @@ def test_what_was_measured_is_kept_and_damage_is_refused(tmp_path):
     first, second = (kept(tmp_path / "kept", who, make) for _ in range(2))
     assert len(made) == 1
     assert first == second == Sensitivity(who.path(tmp_path / "kept"))
-    assert first.of(1)["mlp.down_proj"].shape == (1, 16, 16)
+    assert first.of(1, "mlp.down_proj").shape == (1, 16, 16)
     assert identity(statistics, TOKENS[:1]).digest != who.digest
     (first.path / "1.safetensors").write_bytes(b"")
     with pytest.raises(LlameroError, match="is damaged") as caught:
