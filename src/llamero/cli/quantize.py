@@ -179,13 +179,13 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     with Bars(), disk_errors_named(out_dir), ExitStack() as stack:
         tokenizer = load_tokenizer(directory)
         drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
+        texts = measured.read_texts(config, tokenizer, directory, drawn)
         progress = place(out_dir, decided(config, model=directory, tokens=drawn.sequences))
         partial = {name: progress / name for name in config.variants}
         _say_unfinished(out_dir, progress)
         _take_back(out_dir, progress, config.variants)
         _refuse_taken(out_dir, config.variants)
         stack.enter_context(alone_in(progress))
-        texts = measured.read_texts(config, tokenizer, directory, drawn)
         about = needs(load_config(directory), [len(ids) for ids in drawn.sequences], config)
         disk = about.file + (about.kept if config.calibration.keep else 0)
         said = f"about {size(about.memory)} of memory" + (f", {size(disk)} of disk beside the variants" if disk else "")
