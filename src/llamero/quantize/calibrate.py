@@ -70,7 +70,7 @@ class Group:
 
 
 class Walk:
-    """A way through a model: iterate over its layers, once, and `head` is known at the end.
+    """A way through a model: iterate over its layers, once, and `heads` are known at the end.
 
     Args:
         directory: Model directory.
@@ -98,8 +98,8 @@ class Walk:
         waiting: Callable[[str, list[int], int, torch.dtype], Waiting | KeptWaiting] | None = None,
     ) -> None:
         check_tokens(tokens, config)
-        self.head: Channels | None = None
-        """What flowed into the head, on the first stream."""
+        self.heads: dict[str, Channels] = {}
+        """What flowed into the head, by the names of the streams."""
         self._config, self._tokens, self.device = config, tokens, torch.device(device)
         self._model = Layered(directory, dtype=dtype, device=device)  # anything missing is said before the work begins
         self._tensors = hf.open_tensors(directory)
@@ -137,7 +137,8 @@ class Walk:
                 if name != UNQUANTIZED:
                     self._flow_on(number, waiting, weights)
                 waiting.turn()
-        self.head = self._end(next(iter(self._streams.values())))
+        for name, waiting in self._streams.items():
+            self.heads[name] = self._end(waiting)
 
     def _embed(self) -> None:
         with self._model.embedding() as lookup, torch.no_grad():

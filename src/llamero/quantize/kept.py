@@ -21,7 +21,7 @@ from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.load import load_block
 from llamero.quantize import calibrate
-from llamero.quantize.calibrate import Layer, Walk
+from llamero.quantize.calibrate import UNQUANTIZED, Layer, Walk
 from llamero.quantize.statistics import INPUTS, Channels, Statistics
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,9 @@ def _write(directory: Path, layer: Layer) -> Path:
 
 
 def _write_head(directory: Path, walk: Walk) -> Path:
-    assert walk.head is not None  # the walk has come to its end
-    parts = {f"{HEAD}.{name}": getattr(walk.head, name) for name in _OF_CHANNELS}
-    parts[f"{HEAD}.tokens"] = torch.tensor([walk.head.tokens])
+    head = walk.heads[UNQUANTIZED]  # the walk has come to its end
+    parts = {f"{HEAD}.{name}": getattr(head, name) for name in _OF_CHANNELS}
+    parts[f"{HEAD}.tokens"] = torch.tensor([head.tokens])
     specs = {name: hf.Spec(tuple(part.shape), part.dtype) for name, part in parts.items()}
     (path,) = hf.write_tensors(directory, specs, parts.items(), stem=HEAD)
     return path
@@ -147,7 +147,7 @@ def _read(found: Artifact, model: Path, config: LlamaConfig, walk: Walk, first: 
         yield layer
         del layer  # before the next one is read, not after
     energy, mean_abs, absmax = (tensors[f"{HEAD}.{name}"].to(device) for name in _OF_CHANNELS)
-    walk.head = Channels(energy, mean_abs, absmax, int(tensors[f"{HEAD}.tokens"]))
+    walk.heads[UNQUANTIZED] = Channels(energy, mean_abs, absmax, int(tensors[f"{HEAD}.tokens"]))
 
 
 def _check(found: Artifact, stem: str) -> None:

@@ -245,9 +245,10 @@ def run(
             for work in works
         ):
             asked = _Asked(config, model, shape, tokens, device, compute, keep_in)
-            head, reused = _walk(stack, asked, works, so_far, imatrix)
-            heeded = importance.of_head(imatrix, head)
-            _copy(works, outside, tensors, {} if heeded is None else {HEAD: heeded})
+            heads, reused = _walk(stack, asked, works, so_far, imatrix)
+            for followers, head in heads:
+                heeded = importance.of_head(imatrix, head)
+                _copy(followers, outside, tensors, {} if heeded is None else {HEAD: heeded})
         so_far.lighten()
         reports = [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
         return [replace(report, reused=reused) for report in reports]
@@ -268,8 +269,12 @@ class _Asked:
 
 def _walk(
     stack: ExitStack, asked: _Asked, works: Sequence[_Work], progress: Progress, imatrix: Mapping[str, Tensor]
-) -> tuple[Channels | None, bool]:
-    """Go through the model and solve what is missing; return what flows into the head, and if it was known before."""
+) -> tuple[list[tuple[list[_Work], Channels]], bool]:
+    """Go through the model and solve what is missing.
+
+    Returns:
+        The variants of each stream with what flows into its head; and whether that was known before.
+    """
     config, shape, keep_in = asked.config, asked.shape, asked.keep_in
     planned = {
         each.name: each for each in streams.plan(config, [work.variant for work in works], widths(empty_model(shape)))
@@ -281,7 +286,7 @@ def _walk(
     }
     felt = None
     if min(needed.values()) < shape.num_layers:
-        felt = _sensitivity(asked, works, progress)
+        felt = _sensitivity(asked, planned.values(), progress)
     walk = calibrate.Walk(
         asked.model,
         shape,
@@ -301,7 +306,8 @@ def _walk(
     for layer in layers:
         _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix, felt)
         del layer  # before the next one is read, not after
-    return walk.head, reused
+    followers = {name: [work for work in works if work.variant in stream.variants] for name, stream in planned.items()}
+    return [(followers[name], walk.heads[name]) for name in planned], reused
 
 
 def _writer(variant: Variant, directory: Path, meta: Llama, progress: Progress, **how: Any) -> Writer:
@@ -339,10 +345,14 @@ def _copy(
             work.commit(None, name, importance={str(to_gguf(name)): importances[name]} if heeded else None)
 
 
-def _sensitivity(asked: _Asked, works: Sequence[_Work], progress: Progress) -> Sensitivity | None:
-    """Measure how the loss feels outputs, if GPTQ asks for it; it is kept as long as the progress at least."""
+def _sensitivity(asked: _Asked, planned: Iterable[Stream], progress: Progress) -> Sensitivity | None:
+    """Measure how the loss feels outputs, if GPTQ asks for it; it is kept as long as the progress at least.
+
+    A variant that leads a stream asks as those do that are made: its weights do not depend on what else is made.
+    """
     config, tokens, model, root = asked.config, asked.tokens, asked.model, progress.path
-    if config.sensitivity == 0 or all(work.variant.method != "gptq" for work in works):
+    solved = {variant for stream in planned for variant in (*stream.variants, stream.leader) if variant is not None}
+    if config.sensitivity == 0 or all(variant.method != "gptq" for variant in solved):
         return None
     some = sensitivity.some(tokens, config.sensitivity)
 

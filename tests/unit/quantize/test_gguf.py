@@ -63,16 +63,26 @@ def make_model(directory, config):
     return directory
 
 
-def make(model, out, *variants, imatrix=None, **options):
+def make(model, out, *variants, imatrix=None, propagation="shared", **options):
     random = torch.Generator().manual_seed(2)
     tokens = [torch.randint(0, 300, (length,), generator=random) for length in (48, 17, 64)]
-    config = QuantizeConfig(variants=variants, calibration=Calibration(mixture="chat"), imatrix=imatrix)
+    config = QuantizeConfig(
+        variants=variants, calibration=Calibration(mixture="chat", propagation=propagation), imatrix=imatrix
+    )
     return run(config, model=model, out=lambda v: out / v.name, tokens=tokens, **options)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "plain", shape())
+
+
+@pytest.mark.parametrize("propagation", ["reference", "per-bits", "exact"])
+def test_a_variant_does_not_depend_on_what_else_is_made(model, tmp_path, propagation):
+    first, *_ = make(model, tmp_path / "alone", "gguf-rtn-Q4_0", propagation=propagation)
+    others = ("gptq-2bit-32g-actorder_static-ct", "gguf-rtn-Q4_0")
+    _, beside = make(model, tmp_path / "beside", *others, propagation=propagation)
+    assert [path.read_bytes() for path in files(first)] == [path.read_bytes() for path in files(beside)]
 
 
 @pytest.fixture(scope="module")
