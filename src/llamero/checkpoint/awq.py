@@ -16,9 +16,6 @@ from llamero.checkpoint import hf
 from llamero.checkpoint.codes import Actorder, GroupCodes, signed
 from llamero.core.errors import LlameroError
 
-MULTIPLE = 32
-"""Readers need input and output channels to be multiples of this."""
-
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output channel, of each eight, whose code is in each nibble of a word, the lowest first."""
 
@@ -42,11 +39,6 @@ class Format:
     def groups(self, inputs: int) -> int:
         """Return how many groups a layer with so many inputs has."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
-
-    def unfit(self, inputs: int, outputs: int) -> str:
-        """Return why a layer cannot be stored so that readers take it, or nothing."""
-        odd = [width for width in (inputs, outputs) if width % MULTIPLE]
-        return f"{odd[0]} channels; readers of AWQ need a multiple of {MULTIPLE}" if odd else ""
 
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""

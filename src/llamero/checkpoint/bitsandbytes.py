@@ -62,10 +62,6 @@ class Format:
         """Return the tensor by which a packed layer is recognised in files."""
         return "SCB" if self.kind == "int8" else STATE
 
-    def groups(self, inputs: int) -> int:
-        """Return how many scales a row of so many inputs has."""
-        return 1 if self.kind == "int8" else inputs // BLOCK
-
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""
         if self.kind == "int8":

@@ -18,9 +18,6 @@ from llamero.core.errors import LlameroError
 BITS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of a code."""
 
-MULTIPLE = 32
-"""Kernels need input and output channels to be multiples of this."""
-
 VERSION = "0.15.0"
 """Release of the compressed-tensors library since which this layout is read."""
 
@@ -46,11 +43,6 @@ class Format:
     def groups(self, inputs: int) -> int:
         """Return how many groups a layer with so many inputs has."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
-
-    def unfit(self, inputs: int, outputs: int) -> str:
-        """Return why a layer cannot be stored so that readers take it, or nothing."""
-        odd = [width for width in (inputs, outputs) if width % MULTIPLE]
-        return f"{odd[0]} channels; kernels for compressed-tensors need a multiple of {MULTIPLE}" if odd else ""
 
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""

@@ -69,11 +69,6 @@ class Format:
         """Return how many groups a layer with so many inputs has."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
 
-    def unfit(self, inputs: int, outputs: int) -> str:
-        """Return why a layer cannot be stored so that readers take it, or nothing."""
-        odd = [width for width in (inputs, outputs) if width % MULTIPLE]
-        return f"{odd[0]} channels; readers of GPTQ need a multiple of {MULTIPLE}" if odd else ""
-
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""
         groups = self.groups(inputs)

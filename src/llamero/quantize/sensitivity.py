@@ -6,11 +6,9 @@ moment of the gradients of the log-likelihood of tokens drawn from those predict
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -84,17 +82,6 @@ class Sensitivity:
     def put(self, number: int, moments: dict[str, Tensor]) -> None:
         """Remember a decoder layer's."""
         save_file(moments, self.path / f"{number}.safetensors")
-
-
-@contextmanager
-def passing(place: Path) -> Iterator[Sensitivity]:
-    """Give a directory that goes at the end.
-
-    Args:
-        place: Where it is made.
-    """
-    with TemporaryDirectory(prefix="sensitivity-", dir=place) as directory:
-        yield Sensitivity(Path(directory))
 
 
 def identity(statistics: Identity, tokens: Sequence[Tensor]) -> Identity:

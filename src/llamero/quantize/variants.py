@@ -112,10 +112,6 @@ class Variant:
             return compressed_tensors.Format(self.bits, self.group_size, self.sym)
         return gptq.Format(self.bits, self.group_size, zero_offset=1 if self.layout == "gptq" else 0)
 
-    def groups(self, inputs: int) -> int:
-        """Return how many groups a row of `inputs` channels has."""
-        return 1 if self.group_size == -1 else inputs // self.group_size
-
 
 BITSANDBYTES = {
     "int8": Variant("int8", "bitsandbytes", 8, -1, layout="bitsandbytes"),

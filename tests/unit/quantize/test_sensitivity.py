@@ -10,7 +10,7 @@ from llamero.model.load import save_model
 from llamero.model.rope import Default
 from llamero.quantize import sensitivity
 from llamero.quantize.calibrate import INPUTS
-from llamero.quantize.sensitivity import Sensitivity, identity, kept, measure, passing, set_size, some
+from llamero.quantize.sensitivity import Sensitivity, identity, kept, measure, set_size, some
 
 TOKENS = [torch.arange(9) % 48, (7 * torch.arange(14)) % 48]
 
@@ -69,28 +69,33 @@ def by_autograd(model):
     return moments
 
 
+def place(directory):
+    (directory / "felt").mkdir()
+    return Sensitivity(directory / "felt")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_moments_are_those_of_a_backward_pass_through_the_whole_model(tmp_path, tied):
     model = make_model(tmp_path / "model", tied=tied)
-    with passing(tmp_path) as felt:
-        measure(tmp_path / "model", model.config, TOKENS, into=felt)
-        for (number, source), expected in by_autograd(model).items():
-            (found,) = felt.of(number, source)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-        assert sorted(path.name for path in felt.path.rglob("*.safetensors")) == ["0.safetensors", "1.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing waits on disk any more
+    felt = place(tmp_path)
+    measure(tmp_path / "model", model.config, TOKENS, into=felt)
+    for (number, source), expected in by_autograd(model).items():
+        (found,) = felt.of(number, source)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert sorted(path.name for path in felt.path.rglob("*.safetensors")) == ["0.safetensors", "1.safetensors"]
+    assert not (felt.path / "inputs").exists()  # nothing waits on disk any more
 
 
 def test_many_outputs_are_coupled_with_their_neighbours_only(tmp_path, monkeypatch):
     model = make_model(tmp_path / "model")
     monkeypatch.setattr(sensitivity, "COUPLED", 20)
-    with passing(tmp_path) as felt:
-        measure(tmp_path / "model", model.config, TOKENS, into=felt)
-        whole = by_autograd(model)[1, "mlp.gate_proj"]  # (48, 48)
-        parts = felt.of(1, "mlp.gate_proj")
-        assert parts.shape == (3, 16, 16)
-        for i, part in enumerate(parts):
-            torch.testing.assert_close(part, whole[16 * i : 16 * i + 16, 16 * i : 16 * i + 16], rtol=1e-3, atol=1e-4)
+    felt = place(tmp_path)
+    measure(tmp_path / "model", model.config, TOKENS, into=felt)
+    whole = by_autograd(model)[1, "mlp.gate_proj"]  # (48, 48)
+    parts = felt.of(1, "mlp.gate_proj")
+    assert parts.shape == (3, 16, 16)
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(part, whole[16 * i : 16 * i + 16, 16 * i : 16 * i + 16], rtol=1e-3, atol=1e-4)
 
 
 def test_sets_are_equal_and_not_too_large():
@@ -115,7 +120,8 @@ def test_a_broken_model_is_refused_by_the_layer_where_it_breaks(tmp_path, name, 
     model.get_parameter(name).data[0, 0] = float("inf")
     (tmp_path / "broken").mkdir()
     save_model(model, tmp_path / "broken")
-    with passing(tmp_path) as felt, pytest.raises(LlameroError, match=problem) as caught:
+    felt = place(tmp_path)
+    with pytest.raises(LlameroError, match=problem) as caught:
         measure(tmp_path / "broken", model.config, TOKENS, into=felt)
     assert caught.value.where == where
 
