@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, default=SHARED / "longtext" / "wikitext2" / "test.txt")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--held-out", type=int, default=8_192)
-    parser.add_argument("--sensitivity", type=int, nargs="*", default=[0, 8_192])
+    parser.add_argument("--sensitivity", type=int, nargs="*", default=[0, 4_096])
     parser.add_argument("--variant", nargs="*", default=VARIANTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)

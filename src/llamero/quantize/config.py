@@ -214,7 +214,7 @@ class QuantizeConfig(Strict):
     """File of llama.cpp's importances (either form) that GGUF variants heed instead of the calibration text."""
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Added to the diagonal of the second moments, as a fraction of its mean; raised, and reported, if too little."""
-    sensitivity: int = Field(default=8192, ge=0)
+    sensitivity: int = Field(default=4096, ge=0)
     """Calibration tokens on which it is measured how the loss feels the outputs of each layer, so that in GPTQ the
     errors of outputs answer to one another; takes a second walk through the model, and back, with that many tokens.
     0 is plain GPTQ."""

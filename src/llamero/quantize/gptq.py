@@ -28,10 +28,10 @@ STRIP = 32
 COLUMNS = 2048
 """Rows of weights, of all grids together, that are solved at a time: a block of their channels stays in the cache."""
 
-OUTPUTS = 32
+OUTPUTS = 64
 """Outputs that are solved at a time where they are coupled; fewer are better and take longer."""
 
-MOST_STEPS = 64
+MOST_STEPS = 16
 """In how many steps the outputs of a set are solved at most."""
 
 WAITING = 2**29
