@@ -253,7 +253,7 @@ class _Solver:
         targets = w.expand(len(self.asked), *w.shape).clone()  # (grids, sets, size, d)
         pieces: list[tuple[GroupCodes, ...]] = []
         rows: list[Tensor] = []  # where outputs of the pieces lie
-        step = max(OUTPUTS, size // MOST_STEPS)
+        step = max(1, min(OUTPUTS, size // 2), size // MOST_STEPS)  # in one step none would be told anything
         for start in range(0, size, step):
             stop = min(start + step, size)
             wanted = targets[:, :, start:stop]

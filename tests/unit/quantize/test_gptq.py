@@ -148,8 +148,8 @@ def test_outputs_still_to_come_answer_to_the_errors_of_those_before(monkeypatch)
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_coupled_outputs_cost_less(bits):
-    w, h = layer(out=96)
-    w, h, (g,) = w.double(), h.double(), gradients(96)
+    w, h = layer(out=192)
+    w, h, (g,) = w.double(), h.double(), gradients(192)
     factor, grids = gptq.factorize(h, by_activation=True, damp=0.01), gptq.Grids(bits, 32, static=True)
     alone, coupled = (gptq.solve(w, factor, [grids], outputs)[0] for outputs in (None, gptq.couple(g[None])))
     assert loss(w, h, g, coupled) < 0.8 * loss(w, h, g, alone)
