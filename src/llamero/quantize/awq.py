@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llamero.checkpoint.codes import GroupCodes
 from llamero.model import rtn
-from llamero.quantize.problem import AT_ONCE, LayerProblems, Solution
+from llamero.quantize.problem import AT_ONCE, LayerProblems, Problem, Solution
 
 BEFORE = {
     "self_attn.q_proj": "input_layernorm",
@@ -121,6 +122,15 @@ def _blocks(h: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield start, h[start : start + size, start : start + size]
 
 
+def _clipped(problem: Problem, *, bits: int, group_size: int, sym: bool) -> dict[str, GroupCodes]:
+    """Return the codes of a problem's layers, clipped first where that helps."""
+    moment, codes = problem.statistics.second_moment, {}
+    for name, part in zip(problem.names, problem.weight.split(problem.outputs), strict=True):
+        weight = part if name in _UNCLIPPED else clip(part, moment, bits=bits, group_size=group_size, sym=sym)
+        codes[name] = rtn.quantize(weight, bits=bits, group_size=group_size, sym=sym)
+    return codes
+
+
 def solve(layer: LayerProblems, *, bits: int, group_size: int, sym: bool = False) -> Solution:
     """Return a decoder layer with scaled, clipped and rounded weights, and with what the scales were folded into.
 
@@ -142,12 +152,9 @@ def solve(layer: LayerProblems, *, bits: int, group_size: int, sym: bool = False
             folded.get(name, ones.new_ones(count)) for name, count in zip(problem.names, problem.outputs, strict=True)
         ]
         scaled = problem.scaled(folded.get(BEFORE[source], ones), torch.cat(rows))
-        moment, codes = scaled.statistics.second_moment, {}
-        for name, part in zip(problem.names, scaled.weight.split(problem.outputs), strict=True):
-            weight = part if name in _UNCLIPPED else clip(part, moment, bits=bits, group_size=group_size, sym=sym)
-            codes[name] = rtn.quantize(weight, bits=bits, group_size=group_size, sym=sym)
+        codes = _clipped(scaled, bits=bits, group_size=group_size, sym=sym)
         solution.add_parts(scaled, codes, times=torch.cat(rows))
-        del scaled, moment, part, weight  # before the next ones are made, not after
+        del scaled  # before the next ones are made, not after
     for name, value in parameters.items():
         owner, _, leaf = name.rpartition(".")
         if owner in folded and (leaf == "bias" or owner not in solution.codes):

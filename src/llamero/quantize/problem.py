@@ -231,8 +231,9 @@ def pose(
             return weights(source, lambda: _stacked(layer.block, names))
 
         def couple() -> gptq.Outputs:
-            assert felt is not None
-            return coupled(source, lambda: gptq.couple(felt(source).to(statistics.second_moment.device)))
+            moments = felt
+            assert moments is not None
+            return coupled(source, lambda: gptq.couple(moments(source).to(statistics.second_moment.device)))
 
         return Problem(prefix, names, outputs, statistics, stacked, couple if felt else None, factor)
 

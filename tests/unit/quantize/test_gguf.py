@@ -67,7 +67,9 @@ def make(model, out, *variants, imatrix=None, propagation="shared", **options):
     random = torch.Generator().manual_seed(2)
     tokens = [torch.randint(0, 300, (length,), generator=random) for length in (48, 17, 64)]
     config = QuantizeConfig(
-        variants=variants, calibration=Calibration(mixture="chat", propagation=propagation), imatrix=imatrix
+        variants=variants,
+        calibration=Calibration.model_validate({"mixture": "chat", "propagation": propagation}),
+        imatrix=imatrix,
     )
     return run(config, model=model, out=lambda v: out / v.name, tokens=tokens, **options)
 
