@@ -14,7 +14,7 @@ import argparse
 import json
 import resource
 import tempfile
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from llamero.checkpoint import hf
 from llamero.model.config import LlamaConfig
 from llamero.model.load import empty_model, write_config
 from llamero.model.rope import Default
-from llamero.quantize.calibrate import Walk
+from llamero.quantize.calibrate import UNQUANTIZED, Walk
 from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.needs import needs
+from llamero.quantize.progress import Progress
 from llamero.quantize.run import run
 
 
@@ -117,9 +118,11 @@ def main() -> None:
             run.__globals__["_solve_layer"] = solve
             run(asked, model=model, out=lambda variant: Path(name) / variant.name, tokens=tokens)
         else:
-            for layer in Walk(model, config, tokens, dtype=torch.bfloat16, spill=Path(name)):
-                seen()
-                del layer
+            with closing(Progress(Path(name) / "progress", {})) as progress:
+                waiting = progress.waiting({UNQUANTIZED: 0})
+                for layer in Walk(model, config, tokens, dtype=torch.bfloat16, waiting=waiting):
+                    seen()
+                    del layer
         seen()
     what = "GiB of resident memory at the height" + (", without products" if given.no_products else "")
     row = {"value": round(peaks[-1], 2), "unit": what, "promised": round(gib(promised.memory), 2)}

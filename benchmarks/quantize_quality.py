@@ -74,7 +74,7 @@ def main() -> None:
     original = predictions(chosen.model, held_out)
     started = time.process_time()
     arithmetic = DTYPES[Calibration(mixture="-").arithmetic]
-    for layer in calibrate.stream(chosen.model, load_config(chosen.model), tokens, dtype=arithmetic):
+    for layer in calibrate.Walk(chosen.model, load_config(chosen.model), tokens, dtype=arithmetic):
         del layer
     walk = time.process_time() - started
     print(

@@ -44,7 +44,7 @@ def ours(trained, calibration, tmp_path_factory):
 def importances(trained, calibration, tmp_path_factory):
     """The importances that ours were rounded with, by tensor, as a file."""
     found = {}
-    for layer in calibrate.stream(trained, load_config(trained), calibration):
+    for layer in calibrate.Walk(trained, load_config(trained), calibration):
         for source, statistics in layer.statistics.items():
             for name in calibrate.INPUTS[source]:
                 tensor = to_gguf(f"model.layers.{layer.number}.{name}.weight")

@@ -21,10 +21,10 @@ from llamero.checkpoint.gguf import (
     padded,
     split_name,
 )
-from llamero.checkpoint.unfinished import UnfinishedFile
+from llamero.checkpoint.unfinished import UnfinishedFiles
 
 
-class GgufWriter:
+class GgufWriter(UnfinishedFiles):
     """Writes a model as one GGUF file, or as several; no file has its name before it is whole.
 
     Args:
@@ -33,7 +33,7 @@ class GgufWriter:
         values: Metadata.
         specs: Shape and type of every tensor, in the order of the file.
         shard_bytes: Most bytes of tensors in one file; a larger tensor has a file to itself. All in one without it.
-        written: As of `hf.ShardWriter`.
+        written: As of `UnfinishedFiles`.
     """
 
     def __init__(
@@ -46,25 +46,17 @@ class GgufWriter:
         shard_bytes: int | None = None,
         written: Collection[str] | None = None,
     ) -> None:
+        super().__init__(specs, written)
         shards = shares(specs, shard_bytes)
         count = len(shards)
         names = [split_name(stem, i, count) for i in range(count)] if count > 1 else [f"{stem}.gguf"]
         self.paths = [directory / name for name in names]
         self._specs = dict(specs)
-        self.missing = dict.fromkeys(name for name in specs if name not in (written or ()))
-        """Names of the tensors that have not come."""
-        self._files: list[UnfinishedFile] = []
-        self._offsets: dict[str, tuple[UnfinishedFile, int]] = {}
-        for number, share in enumerate(shards):
+        for number, (path, share) in enumerate(zip(self.paths, shards, strict=True)):
             split = _split_values(number, count, len(specs)) if count > 1 else {}
             text = header({**(values if number == 0 else {}), **split}, share)
-            length = len(text) + sum(padded(spec.nbytes, ALIGNMENT) for spec in share.values())
-            file = UnfinishedFile(self.paths[number], text, length=length, begun=written is not None)
-            self._files.append(file)
-            at = len(text)
-            for name, spec in share.items():
-                self._offsets[name] = file, at
-                at += padded(spec.nbytes, ALIGNMENT)
+            sizes = [(name, padded(spec.nbytes, ALIGNMENT)) for name, spec in share.items()]
+            self.begin(path, text, sizes, length=len(text) + sum(size for _, size in sizes))
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor; the order does not matter.
@@ -73,48 +65,13 @@ class GgufWriter:
             name: Of the tensor.
             tensor: As `Gguf.__getitem__` returns it: of the type's dtype, or the bytes of its rows.
         """
-        if name not in self.missing:
-            raise ValueError(f"tensor {name} was not announced, or came before")
+        self.refuse_unknown(name)
         spec = self._specs[name]
         dtype = dtype_of(spec.type)
         shape = spec.shape if dtype is not None else (*spec.shape[:-1], spec.row_bytes)
         if tuple(tensor.shape) != shape or tensor.dtype != (dtype or torch.uint8):
             raise ValueError(f"announced {name} {spec}, came {tuple(tensor.shape)} {tensor.dtype}")
-        file, offset = self._offsets[name]
-        file.write(offset, tensor)
-        del self.missing[name]
-
-    def sync(self) -> None:
-        """Force what was written to disk."""
-        for file in self._files:
-            file.sync()
-
-    def close(self) -> None:
-        """Finish the files and give them their names."""
-        if self.missing:
-            self.remove()
-            raise ValueError(f"tensors were announced and never came: {', '.join(sorted(self.missing))}")
-        for file in self._files:
-            file.finish()
-
-    def abandon(self) -> None:
-        """Close what is open and leave it unfinished."""
-        for file in self._files:
-            file.close()
-
-    def remove(self) -> None:
-        """Close what is open and remove what is unfinished."""
-        for file in self._files:
-            file.remove()
-
-    def __enter__(self) -> "GgufWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.remove()
+        self.put(name, tensor)
 
 
 def sizes(values: Mapping[str, Value], specs: Mapping[str, TensorSpec], shard_bytes: int | None = None) -> list[int]:

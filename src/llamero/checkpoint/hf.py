@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamero.checkpoint.unfinished import UnfinishedFile
+from llamero.checkpoint.unfinished import UnfinishedFiles
 from llamero.core import gguf
 from llamero.core.errors import LlameroError
 
@@ -253,7 +253,7 @@ CONTAINERS = (
 release carries along is decided in `publish/place.py`, what is downloaded in `core/download.py`."""
 
 
-class ShardWriter:
+class ShardWriter(UnfinishedFiles):
     """Safetensors shards (and their index) in the making; no file has its name before it is whole.
 
     Args:
@@ -261,8 +261,7 @@ class ShardWriter:
         specs: Name, shape and dtype of every tensor, in the order of the files.
         stem: First part of the file names.
         shard_bytes: Largest shard; a tensor that is larger has a shard to itself.
-        written: Names of the tensors that an earlier writer of the same files has written and synced; its unfinished
-            files are gone on with. `None`: they are begun.
+        written: As of `UnfinishedFiles`.
 
     Raises:
         LlameroError: The unfinished files are not those of this writer.
@@ -277,6 +276,7 @@ class ShardWriter:
         shard_bytes: int = SHARD_BYTES,
         written: Collection[str] | None = None,
     ) -> None:
+        super().__init__(specs, written)
         self._specs = dict(specs)
         shards = _plan(specs, shard_bytes)
         count = len(shards)
@@ -284,60 +284,27 @@ class ShardWriter:
         self.paths = [directory / name for name in (names if count > 1 else [f"{stem}.safetensors"])]
         self._index = directory / f"{stem}.safetensors.index.json" if count > 1 else None
         self._shard = {name: shard for shard, members in enumerate(shards) for name in members}
-        self.missing = dict.fromkeys(name for name in specs if name not in (written or ()))
-        """Names of the tensors that have not come."""
-        self._files: list[UnfinishedFile] = []
-        self._offsets: dict[str, int] = {}
         for path, members in zip(self.paths, shards, strict=True):
-            beginning = _beginning({name: specs[name] for name in members})
-            self._files.append(UnfinishedFile(path, beginning, begun=written is not None))
-            offset = len(beginning)
-            for name in members:
-                self._offsets[name] = offset
-                offset += specs[name].nbytes
+            sizes = [(name, specs[name].nbytes) for name in members]
+            self.begin(path, _beginning({name: specs[name] for name in members}), sizes, length=None)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor; the order does not matter."""
-        if name not in self.missing:
-            raise ValueError(f"tensor {name} was not announced, or came before")
+        self.refuse_unknown(name)
         spec = self._specs[name]
         if Spec(tuple(tensor.shape), tensor.dtype) != spec:
             raise ValueError(f"announced {name} {spec}, came {tuple(tensor.shape)} {tensor.dtype}")
-        self._files[self._shard[name]].write(self._offsets[name], tensor)
-        del self.missing[name]
-
-    def sync(self) -> None:
-        """Force what was written to disk."""
-        for file in self._files:
-            file.sync()
+        self.put(name, tensor)
 
     def close(self) -> None:
         """Finish the files, give them their names and write the index."""
-        if self.missing:
-            self.abandon()
-            raise ValueError(f"tensor {next(iter(self.missing))} was announced and never came")
-        for file in self._files:
-            file.finish()
+        super().close()
         if self._index is not None:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in self._specs.values())},
                 "weight_map": {name: self.paths[shard].name for name, shard in self._shard.items()},
             }
             self._index.write_text(json.dumps(index, indent=2) + "\n")
-
-    def abandon(self) -> None:
-        """Close what is open and leave it unfinished."""
-        for file in self._files:
-            file.close()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
 
 
 def write_tensors(

@@ -1,7 +1,9 @@
 """Files of weights in the making: under another name until they are whole, and gone on with after a kill."""
 
 import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -74,3 +76,84 @@ class UnfinishedFile:
         """Close it and remove it, unless it is finished."""
         self._file.close()
         self._beside.unlink(missing_ok=True)
+
+
+class UnfinishedFiles:
+    """Files whose tensors come in any order, each once; no file has its name before all are whole.
+
+    Args:
+        names: Of all tensors.
+        written: Those that an earlier writer of the same files has written and synced; its unfinished files are gone
+            on with. `None`: they are begun.
+    """
+
+    def __init__(self, names: Iterable[str], written: Collection[str] | None) -> None:
+        self.begun = written is not None
+        """Whether files of an earlier writer are gone on with."""
+        self.missing = dict.fromkeys(name for name in names if name not in (written or ()))
+        """Names of the tensors that have not come."""
+        self._files: list[UnfinishedFile] = []
+        self._places: dict[str, tuple[UnfinishedFile, int]] = {}
+        self._unsynced: list[str] = []
+
+    def begin(self, path: Path, beginning: bytes, sizes: Sequence[tuple[str, int]], *, length: int | None) -> None:
+        """Begin a file, or go on with it; arguments as of `UnfinishedFile`.
+
+        Args:
+            path: What it is called when it is whole.
+            beginning: What comes before the tensors.
+            sizes: Its tensors and the bytes from the start of each to that of the next.
+            length: Of the whole file, where it ends with padding.
+        """
+        file, at = UnfinishedFile(path, beginning, length=length, begun=self.begun), len(beginning)
+        self._files.append(file)
+        for name, size in sizes:
+            self._places[name] = file, at
+            at += size
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its place."""
+        file, offset = self._places[name]
+        file.write(offset, tensor)
+        self._unsynced.append(name)
+        del self.missing[name]
+
+    def refuse_unknown(self, name: str) -> None:
+        """Refuse a tensor that nobody waits for."""
+        if name not in self.missing:
+            raise ValueError(f"tensor {name} was not announced, or came before")
+
+    def sync(self) -> list[str]:
+        """Force to disk what was written since the last time, and return the names of these tensors."""
+        for file in self._files:
+            file.sync()
+        names, self._unsynced = self._unsynced, []
+        return names
+
+    def close(self) -> None:
+        """Finish the files and give them their names."""
+        if self.missing:
+            self.abandon()
+            raise ValueError(f"tensors were announced and never came: {', '.join(sorted(self.missing))}")
+        for file in self._files:
+            file.finish()
+
+    def abandon(self) -> None:
+        """Close what is open and leave it unfinished."""
+        for file in self._files:
+            file.close()
+
+    def remove(self) -> None:
+        """Close what is open and remove what is unfinished."""
+        for file in self._files:
+            file.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.remove()  # nothing, where it is finished

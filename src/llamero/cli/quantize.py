@@ -168,10 +168,12 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     from llamero.quantize.choose import choose
     from llamero.quantize.needs import needs
     from llamero.quantize.progress import END, decided, forget, place
+    from llamero.quantize.run import refuse_quantized
     from llamero.quantize.run import run as make
     from llamero.quantize.sequences import draw
     from llamero.text.tokenizer import load_tokenizer
 
+    refuse_quantized(directory)
     chosen, left = choose(config, load_config(directory), source=directory, where=model)
     config = config.model_copy(update={"variants": tuple(variant.name for variant in chosen)})
     if not any(out_dir.glob(f"*{END}")):

@@ -1,4 +1,7 @@
-"""Bringing what is small to a device without waiting for it."""
+"""What a device is given: small tensors without waiting for them, and one thread where bytes depend on the number."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,3 +12,14 @@ def brought(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: with several, some routines (LAPACK's, some sums) give other bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

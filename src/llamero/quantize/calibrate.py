@@ -7,9 +7,8 @@ sequences; groups run side by side, each in a thread that computes alone, and wh
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import local
 
@@ -22,6 +21,7 @@ from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.model.attention import Documents
 from llamero.model.config import LlamaConfig
+from llamero.model.device import one_thread
 from llamero.model.layered import Layered
 from llamero.model.llama import Block, RMSNorm
 from llamero.model.load import empty_model, load_block
@@ -77,12 +77,11 @@ class Walk:
         config: Its shape.
         tokens: Sequences; they do not see each other.
         dtype: To compute in: float32 or bfloat16.
-        device: Where to compute; the activations between layers wait in main memory.
+        device: Where to compute.
         streams: Names of the activations to follow. Each layer is seen once for each of them; all but `UNQUANTIZED`
             flow on through the `weights` that whoever iterates puts into a layer.
-        spill: Directory for activations that do not fit into memory.
         waiting: Makes what holds the activations of a stream, of its name, the tokens of each group, their width and
-            dtype; perhaps those of an earlier walk, which is then gone on with.
+            dtype; perhaps those of an earlier walk, which is then gone on with. Without it they are in memory.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class Walk:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         streams: Sequence[str] = (UNQUANTIZED,),
-        spill: Path | None = None,
-        waiting: Callable[[str, list[int], int, torch.dtype], Waiting | KeptWaiting] | None = None,
+        waiting: Callable[[str, list[int], int, torch.dtype], Waiting | KeptWaiting] = Waiting,
     ) -> None:
         check_tokens(tokens, config)
         self.heads: dict[str, Channels] = {}
@@ -105,8 +103,6 @@ class Walk:
         self._tensors = hf.open_tensors(directory)
         self._groups = _groups(config, tokens, self.device)
         lengths = [sum(group.layout.lengths) for group in self._groups]
-        if waiting is None:
-            waiting = partial(_waiting, spill)
         self._streams = {name: waiting(name, lengths, config.hidden_size, dtype) for name in streams}
 
     @property
@@ -208,7 +204,7 @@ class Walk:
             a_group = max(sum(group.layout.lengths) for group in self._groups)
             a_group = passing(self._config, a_group, self._model.dtype.itemsize)
             threads = min(torch.get_num_threads(), max(1, room // a_group))
-        with _alone():
+        with one_thread():
             one(0)
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 done = [pool.submit(one, number) for number in range(1, len(self._groups))]
@@ -218,10 +214,6 @@ class Walk:
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-
-
-def _waiting(directory: Path | None, _: str, lengths: list[int], width: int, dtype: torch.dtype) -> Waiting:
-    return Waiting(lengths, width, dtype, directory=directory)
 
 
 _current = local()
@@ -260,37 +252,6 @@ class _Recorder:
         if self._sums is None:
             self._sums = Sums(units(x, self._groups), products=self._products)
         self._sums.add(x)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Compute in one thread: with several, some routines sum in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def stream(
-    directory: Path,
-    config: LlamaConfig,
-    tokens: Sequence[Int[Tensor, " time"]],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> Iterator[Layer]:
-    """Yield decoder layer after decoder layer with the statistics of the unquantized model.
-
-    Args:
-        directory: Model directory.
-        config: Its shape.
-        tokens: Sequences; they do not see each other.
-        dtype: To compute in.
-        device: Where to compute; the activations between layers wait in main memory.
-    """
-    yield from Walk(directory, config, tokens, dtype=dtype, device=device)
 
 
 def _groups(config: LlamaConfig, tokens: Sequence[Int[Tensor, " time"]], device: torch.device) -> list[Group]:

@@ -5,12 +5,11 @@ out (a library's own factorization of a large matrix depends on it). Only triang
 where a factorization followed by solving for the identity takes 4/3 d^3 (Golub & Van Loan, Matrix Computations, 4.2).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from llamero.model.device import one_thread
 
 BLOCK = 512
 """Rows of a block."""
@@ -45,22 +44,11 @@ def _blocks(size: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Compute in one thread: LAPACK's bytes depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _cholesky(a: Tensor) -> bool:
     """Put the Cholesky factor into the lower triangle; the rest is left as it is. Return whether there is one."""
     blocks = _blocks(len(a))
     for number, here in enumerate(blocks):
-        with _alone():
+        with one_thread():
             corner, info = torch.linalg.cholesky_ex(a[here, here])
         if int(info) != 0:
             return False
@@ -68,7 +56,7 @@ def _cholesky(a: Tensor) -> bool:
         if number + 1 == len(blocks):
             return True
         below = slice(here.stop, len(a))
-        with _alone():
+        with one_thread():
             column = torch.linalg.solve_triangular(corner.T, a[below, here], upper=True, left=False)
         a[below, here] = column
         for later in blocks[number + 1 :]:
@@ -82,7 +70,7 @@ def _invert(a: Tensor) -> None:
     """Replace the lower triangle by its inverse, and what is above it by zeros."""
     for here in _blocks(len(a)):
         before, below = slice(0, here.start), slice(here.stop, len(a))
-        with _alone():
+        with one_thread():
             eye = torch.eye(here.stop - here.start, dtype=a.dtype, device=a.device)
             corner = torch.linalg.solve_triangular(a[here, here].tril(), eye, upper=False)
         column = a[below, here].clone()

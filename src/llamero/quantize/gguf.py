@@ -59,9 +59,8 @@ class GgufVariantWriter:
         stem = f"model-{variant.mix}"
         values, specs = described.values, self._specs
         self._file = GgufWriter(directory, stem, values, specs, shard_bytes=shard_bytes, written=written)
-        self._unsynced: list[str] = []
         if isinstance(config.rope, Llama3) and ROPE_FREQUENCIES in self._file.missing:
-            self._add(ROPE_FREQUENCIES, config.rope.divisors())
+            self._file.add(ROPE_FREQUENCIES, config.rope.divisors())
 
     def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
         """Write a tensor of which no solution is known: embedding, head, norms, biases; see `Writer.add`."""
@@ -92,9 +91,7 @@ class GgufVariantWriter:
 
     def sync(self) -> list[str]:
         """Force to disk what was written since the last time, and return the names of these tensors."""
-        self._file.sync()
-        names, self._unsynced = self._unsynced, []
-        return names
+        return self._file.sync()
 
     def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights and return the size of the weights in bytes.
@@ -113,11 +110,7 @@ class GgufVariantWriter:
         theirs = _named(name)
         if codes.kind != self._specs[theirs].type.name:
             raise ValueError(f"{theirs} is to be {self._specs[theirs].type.name}, came {codes.kind}")
-        self._add(theirs, rows_to_gguf(name, codes.data, self._head_dim))
-
-    def _add(self, theirs: str, tensor: Tensor) -> None:
-        self._file.add(theirs, tensor)
-        self._unsynced.append(theirs)
+        self._file.add(theirs, rows_to_gguf(name, codes.data, self._head_dim))
 
     def _bits_per_weight(self, model: Llama) -> float:
         specs = [self._specs[_named(f"{name}.weight")] for name in quantized_layers(model)]

@@ -24,7 +24,7 @@ class Needs:
     memory: int
     """Of the process."""
     file: int
-    """Of activations that wait on disk while it lasts, before and after a layer, so that a killed run goes on."""
+    """Of what waits on disk while it lasts: activations before and after a layer, and what the loss feels."""
     kept: int
     """Of statistics on disk where they are kept."""
 
@@ -39,25 +39,24 @@ def needs(shape: LlamaConfig, lengths: Sequence[int], asked: QuantizeConfig | No
         stored: Bytes of a weight in the files of the model.
     """
     itemsize = 2 if asked is None else DTYPES[asked.calibration.arithmetic].itemsize
-    followed = 1 if asked is None else _streams(asked, shape)
-    activations = 2 * followed * sum(lengths) * shape.hidden_size * itemsize
+    followed = 1 if asked is None else len(_streams(asked, shape))
+    waits = 2 * followed * sum(lengths) * shape.hidden_size * itemsize
     heights = list(_passing(shape, lengths, itemsize))
     if asked is not None:
         base = weights(shape) * stored + sum(moments(shape))
         heights += [base + height for height in _solving(shape, asked)]
-        if _felt(asked):
-            heights += _measuring(shape, sensitivity.some_lengths(lengths, asked.sensitivity), stored)
-    return Needs(_PROGRAM + max(heights), activations, kept.bytes_of(shape))
+        if streams.ask_what_is_felt(asked, _streams(asked, shape)):
+            some = sensitivity.some_lengths(lengths, asked.sensitivity)
+            heights += _measuring(shape, some, stored)
+            found = shape.num_layers * sum(stack.felt for stack in _stacks(shape))
+            # on the way back a layer's inputs go as what was found of it comes; activations come after all of that
+            waits = max(shape.num_layers * sum(some) * shape.hidden_size * itemsize, found + waits)
+    return Needs(_PROGRAM + max(heights), waits, kept.bytes_of(shape))
 
 
-def _streams(asked: QuantizeConfig, shape: LlamaConfig) -> int:
-    return len(
-        streams.plan(asked, asked.parsed(), {(stack.inputs, out) for stack in _stacks(shape) for out in stack.outputs})
-    )
-
-
-def _felt(asked: QuantizeConfig) -> bool:
-    return asked.sensitivity > 0 and any(variant.method == "gptq" for variant in asked.parsed())
+def _streams(asked: QuantizeConfig, shape: LlamaConfig) -> list[streams.Stream]:
+    widths = {(stack.inputs, out) for stack in _stacks(shape) for out in stack.outputs}
+    return streams.plan(asked, asked.parsed(), widths)
 
 
 # -- text goes through a layer

@@ -214,8 +214,7 @@ def run(
         progress: Directory that remembers what is finished, so that the same call goes on after a kill. It stays,
             for whoever gives the variants their final places; see `progress.forget`.
     """
-    if packed.read_format(model) is not None:
-        raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
+    refuse_quantized(model)
     shape = load_config(model)
     meta, variants = empty_model(shape), config.parsed()
     refuse_misfits(variants, widths(meta), where=str(model))
@@ -252,6 +251,12 @@ def run(
         so_far.lighten()
         reports = [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
         return [replace(report, reused=reused) for report in reports]
+
+
+def refuse_quantized(model: Path) -> None:
+    """Refuse a model that is quantized already."""
+    if packed.read_format(model) is not None:
+        raise LlameroError("the model is quantized already", where=model, fix="give the model it was made from")
 
 
 @dataclass(frozen=True)
@@ -346,13 +351,9 @@ def _copy(
 
 
 def _sensitivity(asked: _Asked, planned: Iterable[Stream], progress: Progress) -> Sensitivity | None:
-    """Measure how the loss feels outputs, if GPTQ asks for it; it is kept as long as the progress at least.
-
-    A variant that leads a stream asks as those do that are made: its weights do not depend on what else is made.
-    """
+    """Measure how the loss feels outputs, if that is asked for; it is kept as long as the progress at least."""
     config, tokens, model, root = asked.config, asked.tokens, asked.model, progress.path
-    solved = {variant for stream in planned for variant in (*stream.variants, stream.leader) if variant is not None}
-    if config.sensitivity == 0 or all(variant.method != "gptq" for variant in solved):
+    if not streams.ask_what_is_felt(config, planned):
         return None
     some = sensitivity.some(tokens, config.sensitivity)
 

@@ -1,6 +1,6 @@
 """Which activations each variant is solved from: those of the unquantized model, or of a quantized one."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from llamero.quantize.calibrate import UNQUANTIZED
@@ -50,3 +50,12 @@ def _leader(bits: int, layers: Collection[tuple[int, int]]) -> Variant:
     """Return what stands for all variants of a width: symmetric GPTQ in groups of 128 where those divide all layers."""
     group = -1 if any(inputs % 128 for inputs, _ in layers) else 128
     return parse(f"gptq-{bits}bit-{group}g-actorder_static-ct", sym=True)
+
+
+def ask_what_is_felt(config: QuantizeConfig, planned: Iterable[Stream]) -> bool:
+    """Return whether how the loss feels outputs is measured.
+
+    A variant that leads a stream asks as those do that are made: its weights do not depend on what else is made.
+    """
+    solved = (variant for stream in planned for variant in (*stream.variants, stream.leader) if variant is not None)
+    return config.sensitivity > 0 and any(variant.method == "gptq" for variant in solved)

@@ -112,7 +112,6 @@ class VariantWriter:
         self._variant, self._dtype = variant, dtype
         specs = tensor_specs(model, variant, dtype)
         self._shards = hf.ShardWriter(directory, specs, shard_bytes=shard_bytes, written=written)
-        self._unsynced: list[str] = []
 
     def add(self, name: str, tensor: Tensor, *, importance: Tensor | None = None) -> None:
         """Write a tensor that is not quantized."""
@@ -123,11 +122,7 @@ class VariantWriter:
                 where=name,
                 fix="set `dtype: bfloat16`" if self._dtype == torch.float16 else "the weights of the model are broken",
             )
-        self._add(name, value)
-
-    def _add(self, name: str, tensor: Tensor) -> None:
-        self._shards.add(name, tensor)
-        self._unsynced.append(name)
+        self._shards.add(name, value)
 
     def add_layer(self, number: int, block: Block, solution: Solution) -> None:
         """Write what is solved of a decoder layer.
@@ -141,7 +136,7 @@ class VariantWriter:
         for owner, solved in solution.codes.items():
             codes: Any = solved  # of the kind that the layout stores
             for leaf, tensor in self._variant.format.encode(codes).items():
-                self._add(f"{prefix}{owner}.{leaf}", tensor)
+                self._shards.add(f"{prefix}{owner}.{leaf}", tensor)
         for name, value in solution.changed.items():
             self.add(prefix + name, value)
 
@@ -154,9 +149,7 @@ class VariantWriter:
 
     def sync(self) -> list[str]:
         """Force to disk what was written since the last time, and return the names of these tensors."""
-        self._shards.sync()
-        names, self._unsynced = self._unsynced, []
-        return names
+        return self._shards.sync()
 
     def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights, config.json last, and return the size of the weights in bytes.

@@ -242,10 +242,8 @@ def test_alignment_of_the_metadata_holds(tmp_path):
 def test_an_unfinished_file_leaves_nothing(tmp_path):
     content = tensors()
     specs = {name: spec for name, (spec, _) in content.items()}
-    writer = GgufWriter(tmp_path, "model", VALUES, specs)
-    writer.add("b.weight", content["b.weight"][1])
-    with pytest.raises(ValueError, match=r"a\.weight"):
-        writer.close()
+    with pytest.raises(ValueError, match=r"a\.weight"), GgufWriter(tmp_path, "model", VALUES, specs) as writer:
+        writer.add("b.weight", content["b.weight"][1])
     assert not list(tmp_path.iterdir())
 
 

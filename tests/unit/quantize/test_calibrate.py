@@ -1,3 +1,5 @@
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -6,9 +8,10 @@ from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
 from llamero.model.rope import Default
-from llamero.quantize import calibrate, streams, waiting
+from llamero.quantize import calibrate, streams
 from llamero.quantize.calibrate import INPUTS, Walk
 from llamero.quantize.config import Calibration, QuantizeConfig
+from llamero.quantize.progress import Progress
 
 SHAPE = LlamaConfig(
     vocab_size=96,
@@ -92,25 +95,24 @@ def bytes_of(layers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_and_files_leave_every_byte_as_it_is(model, tokens, tmp_path, monkeypatch, dtype):
-    expected = bytes_of(calibrate.stream(model, SHAPE, tokens, dtype=dtype))
-    monkeypatch.setattr(waiting, "MEMORY_BYTES", 100)
+def test_threads_and_files_leave_every_byte_as_it_is(model, tokens, tmp_path, dtype):
+    expected = bytes_of(calibrate.Walk(model, SHAPE, tokens, dtype=dtype))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        walk = Walk(model, SHAPE, tokens, dtype=dtype, spill=tmp_path)
-        assert all(waits.in_file for waits in walk._streams.values())
-        found = bytes_of(walk)
+        with closing(Progress(tmp_path, {})) as progress:
+            waiting = progress.waiting({calibrate.UNQUANTIZED: 0})
+            found = bytes_of(Walk(model, SHAPE, tokens, dtype=dtype, waiting=waiting))
+        assert len(list(tmp_path.glob("activations-*"))) == 2
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     assert found == expected
-    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_is_near_float32(model, tokens):
-    exact = list(calibrate.stream(model, SHAPE, tokens))
-    for layer, other in zip(exact, calibrate.stream(model, SHAPE, tokens, dtype=torch.bfloat16), strict=True):
+    exact = list(calibrate.Walk(model, SHAPE, tokens))
+    for layer, other in zip(exact, calibrate.Walk(model, SHAPE, tokens, dtype=torch.bfloat16), strict=True):
         for name, found in other.statistics.items():
             true = layer.statistics[name].second_moment
             assert (found.second_moment - true).norm() < 0.05 * true.norm()
@@ -152,7 +154,7 @@ def test_inputs_that_are_no_numbers_name_layer_and_sequence(tmp_path):
     tokens = [torch.full((length,), 3) for length in LENGTHS]
     tokens[4][2] = 95
     with pytest.raises(LlameroError, match="first in sequence 4") as caught:
-        list(calibrate.stream(tmp_path, SHAPE, tokens))
+        list(calibrate.Walk(tmp_path, SHAPE, tokens))
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
 
 

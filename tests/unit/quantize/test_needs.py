@@ -34,8 +34,18 @@ def test_activations_of_70b_wait_in_a_file():
 
 def test_every_stream_has_activations_of_its_own():
     names = ("gptq-4bit-128g-actorder_True", "gptq-3bit-128g-actorder_True")
-    exact = needs(LLAMA_70B, TEXT, asked(variants=names, calibration={"propagation": "exact"}))
-    assert exact.file == 2 * needs(LLAMA_70B, TEXT, asked(variants=names)).file
+    exact = needs(LLAMA_70B, TEXT, asked(variants=names, sensitivity=0, calibration={"propagation": "exact"}))
+    assert exact.file == 2 * needs(LLAMA_70B, TEXT, asked(variants=names, sensitivity=0)).file
+
+
+def test_what_the_loss_feels_waits_on_disk_too():
+    with_it, without = (needs(LLAMA_70B, TEXT, asked(sensitivity=tokens)) for tokens in (4096, 0))
+    sets = 5 + 4 + 28 + 4  # of 2,048 outputs: qkv, o, gate and up, down
+    assert with_it.file - without.file == 80 * sets * 2048 * 2048 * 4
+    names = ("gguf-rtn-Q4_0",)
+    assert needs(LLAMA_70B, TEXT, asked(variants=names)).file == without.file
+    led = needs(LLAMA_70B, TEXT, asked(variants=names, calibration={"propagation": "reference"}))
+    assert led.file == with_it.file  # by a GPTQ variant
 
 
 def test_memory_does_not_grow_with_the_depth_or_with_text_that_waits_in_a_file():

@@ -199,7 +199,7 @@ def test_statistics_are_those_of_the_whole_model(model, tokens):
     with torch.no_grad():
         for ids in tokens:
             plain(ids[None])
-    for layer in calibrate.stream(model, plain.config, tokens):
+    for layer in calibrate.Walk(model, plain.config, tokens):
         for name, statistics in layer.statistics.items():
             x = torch.cat(seen[f"{layer.number}.{name}"])
             assert statistics.tokens == len(x)
