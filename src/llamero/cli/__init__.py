@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App
 
-from llamero.cli import convert, data, launch, plan, quantize, release, talk
+from llamero.cli import convert, data, evaluate, launch, plan, quantize, release, talk
 from llamero.cli.display import err, say_error
 from llamero.core import world
 from llamero.core.errors import LlameroError
@@ -35,7 +35,7 @@ for command in (
     release.run,
     release.check,
     plan.plan,
-    release.evaluate,
+    evaluate.evaluate,
     quantize.quantize,
     convert.convert,
     talk.generate,
