@@ -6,18 +6,21 @@ The library is the command line's twin; torch is loaded when a function that nee
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llamero.infer.generate import Completion
+    from llamero.infer.sampler import Sampling
+    from llamero.infer.score import Pair, Scored, Softmax
     from llamero.model.llama import Llama
     from llamero.pipeline import Outcome
     from llamero.text.messages import Message
     from llamero.text.pieces import Rendered
     from llamero.text.tokenizer import Tokenizer
 
-__all__ = ["load_model", "load_tokenizer", "render", "run"]
+__all__ = ["generate", "load_model", "load_tokenizer", "render", "run", "score"]
 
 
 def load_model(
@@ -83,6 +86,58 @@ def render(
     from llamero.text.render import render as render_
 
     return render_(messages, template, tokenizer, add_generation_prompt=add_generation_prompt)
+
+
+def score(
+    model: Llama, requests: Sequence[Pair], *, max_length: int | None = None, softmax: Softmax = "float32"
+) -> list[Scored]:
+    """Return the log-likelihood in nats of each continuation after its context, in the order of the requests.
+
+    No token is computed twice: requests share whatever they begin with alike.
+
+    Args:
+        model: From `load_model`.
+        requests: (context, continuation) ids, as the model sees them: nothing is added, a BOS least of all.
+        max_length: Tokens that the model may see at a time; contexts lose what is too much on their left. Its own
+            context by default.
+        softmax: `float32`, or `model` to round log-probabilities to the dtype of the model as older harnesses do.
+
+    Returns:
+        `log_likelihood` (nats, summed over the continuation), `greedy`, `tokens` (of the continuation), `truncated`
+        (tokens that the context lost) for each.
+
+    Raises:
+        LlameroError: A request cannot be scored, or the answer is not a number; `where` names it by its number.
+    """
+    from llamero.infer.score import log_likelihoods
+
+    return log_likelihoods(model, requests, max_length=max_length, softmax=softmax)
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> list[Completion]:
+    """Return the answers to prompts, in their order, computed together; each draws as if it were alone.
+
+    Args:
+        model: From `load_model`.
+        prompts: Ids of each prompt, as the model sees them.
+        sampling: `temperature` (0: the likeliest token each time), `top_p`, `top_k`, `repetition_penalty`, `seed`,
+            `max_new_tokens`, `stop_ids`, `stop_strings`, for all prompts; those of `infer.sampler.Sampling` by default.
+        tokenizer: From `load_tokenizer`; without it answers have no `text`, and there are no stop strings.
+
+    Returns:
+        `ids` (without the token that stops), `text`, `finish` (`stop` or `length`) for each.
+    """
+    from llamero.infer.generate import generate as generate_
+    from llamero.infer.sampler import Sampling
+
+    how = sampling if isinstance(sampling, Sampling) else Sampling(**(sampling or {}))
+    return generate_(model, prompts, how, tokenizer)
 
 
 def run(recipe: str | Path, *, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Outcome:

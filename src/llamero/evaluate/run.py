@@ -18,6 +18,7 @@ from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, Samp
 from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
 from llamero.infer.context import check_tokenizer
+from llamero.infer.engine import OwnEngine
 from llamero.infer.sampler import Sampling
 from llamero.infer.score import KL_PROTOCOL
 from llamero.infer.texts import Text
@@ -31,7 +32,7 @@ class Subject:
     """The model that is measured."""
 
     name: str
-    model: Llama
+    engine: OwnEngine
     tokenizer: Tokenizer
     template: str
     root: Path
@@ -41,11 +42,16 @@ class Subject:
     mixtures: Mapping[str, Path]
     """Tokenized mixtures of the recipe."""
 
+    @property
+    def model(self) -> Llama:
+        """Return the model itself, for what no other engine can be asked."""
+        return self.engine.model
+
     def result(
         self, task: str, metrics: dict[str, float], protocol: str, *, notes: Sequence[str] = (), **inputs: Any
     ) -> Result:
         """Return a measurement of this model."""
-        common = {"dtype": "float32", "tokenizer": self.tokenizer.digest}
+        common = {"dtype": self.engine.describe()["dtype"], "tokenizer": self.tokenizer.digest}
         return Result(task, self.name, metrics, protocol, {**common, **inputs}, tuple(notes))
 
 
@@ -75,7 +81,7 @@ def run(
     loaded = load_model(model, dtype=torch.float32, device=device)
     tokenizer = load_tokenizer(model)
     check_tokenizer(loaded, tokenizer, where=model)
-    subject = Subject(name, loaded, tokenizer, template, root, reference, mixtures or {})
+    subject = Subject(name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {})
     with torch.inference_mode():
         return TASKS[type(task)](task, subject)
 
@@ -87,7 +93,7 @@ def _toy_world(task: ToyWorldTask, subject: Subject) -> list[Result]:
         for question in questions
         for option in question.options
     ]
-    scored = [s.log_likelihood for s in score.log_likelihoods(subject.model, requests)]
+    scored = [s.log_likelihood for s in subject.engine.score(requests)]
     items = [choices.Item(q.options, q.answer, q.category) for q in questions]
     per_question = [scored[i * 4 : i * 4 + 4] for i in range(len(questions))]
     measured = choices.accuracy(items, per_question)
@@ -144,9 +150,7 @@ def _h4(task: H4Task, subject: Subject) -> list[Result]:
     truncated: Counter[str] = Counter()
     for one in progress.track(asked, f"evaluate {subject.name}", unit="tasks"):
         requests = [encode(subject.tokenizer, request) for request in one.requests]
-        answers = score.log_likelihoods(
-            subject.model, requests, max_length=subject.model.config.max_position_embeddings
-        )
+        answers = subject.engine.score(requests, max_length=subject.model.config.max_position_embeddings)
         truncated[h4.benchmark(one.name)] += sum(answer.truncated > 0 for answer in answers)
         scored.append(h4.scores(one, [answer.log_likelihood for answer in answers]))
     return _h4_results(task, subject, h4.summary(asked, scored), truncated)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import accumulate, chain
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,12 @@ KL_PROTOCOL = "KL(original ‖ this) in nats per token"
 """How reports say what `Agreement.kl` is."""
 
 Ids = tuple[int, ...]
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Ids of a context, and of what may follow it; neither may be empty."""
+
+Softmax = Literal["float32", "model"]
+"""Dtype of log-probabilities and of their sum; older harnesses used that of the model, in which ties are possible."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,11 @@ class _Group:
 @torch.inference_mode()
 def log_likelihoods(
     model: Llama,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    requests: Sequence[Pair],
     *,
     batch_tokens: int = BATCH_TOKENS,
     max_length: int | None = None,
+    softmax: Softmax = "float32",
 ) -> list[Scored]:
     """Return the log-likelihood of each continuation after its context, in the order of the requests.
 
@@ -79,6 +87,7 @@ def log_likelihoods(
         batch_tokens: Tokens of a forward pass; one sequence that is longer has a pass to itself.
         max_length: Tokens the model may see at a time; contexts lose what is too much on their left, and
             `Scored.truncated` says how much. `None` is the model's own context.
+        softmax: `model` rounds each log-probability and the sum to the dtype of the model.
     """
     limit = context_length(model.config) if max_length is None else max_length
     unique: dict[tuple[Ids, Ids], int] = {}
@@ -92,10 +101,12 @@ def log_likelihoods(
     groups = _groups(model, unique, batch_tokens)
     with progress.Line("score", total=len(unique), unit="requests") as line:
         for batch in _batches(groups, batch_tokens):
-            _score(model, batch, sums, greedy)
+            _score(model, batch, sums, greedy, softmax)
             done = [place for group in batch for place, _ in group.continuations]
             _refuse_nan(sums[done], [first[place] for place in done])
             line.advance(len(done))
+    if softmax == "model":
+        sums = sums.to(_dtype(model)).double()
     return [
         Scored(float(sums[place]), bool(greedy[place]), len(request[1]), cut)
         for place, request, cut in zip(places, requests, lost, strict=True)
@@ -156,8 +167,16 @@ def _batches(groups: Sequence[_Group], batch_tokens: int) -> Iterator[list[_Grou
         yield batch
 
 
+def _dtype(model: Llama) -> torch.dtype:
+    return model.model.norm.weight.dtype
+
+
 def _score(
-    model: Llama, batch: Sequence[_Group], sums: Float[Tensor, " requests"], greedy: Bool[Tensor, " requests"]
+    model: Llama,
+    batch: Sequence[_Group],
+    sums: Float[Tensor, " requests"],
+    greedy: Bool[Tensor, " requests"],
+    softmax: Softmax,
 ) -> None:
     """Add what one forward pass says to the sums."""
     ids: list[int] = []
@@ -183,6 +202,8 @@ def _score(
     hidden = model.hidden(torch.tensor(ids, device=device), rotation, layout)
     nodes, tokens, places = torch.tensor(asked).T
     found, likeliest = token_log_probs(model, hidden, nodes, tokens)
+    if softmax == "model":
+        found = found.to(_dtype(model)).double()
     sums.index_add_(0, places, found)
     greedy[places[~likeliest]] = False
 
