@@ -468,6 +468,7 @@ class Plan:
                 root=self.root,
                 reference=self.path("final") if variant else None,
                 mixtures={name: identity.path(self.out) for name, identity in self.data.items()},
+                work=build.path,
             )
             results.write(build.path, found)
             build.summary = {"results": len(found)}

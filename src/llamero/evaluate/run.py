@@ -41,6 +41,8 @@ class Subject:
     """The unquantized model, where this is a variant of one."""
     mixtures: Mapping[str, Path]
     """Tokenized mixtures of the recipe."""
+    work: Path | None = None
+    """Directory for files of the measurement: a run that was cut off finds there what it had, and goes on."""
 
     @property
     def model(self) -> Llama:
@@ -64,7 +66,7 @@ def run(
     root: Path,
     reference: Path | None = None,
     mixtures: Mapping[str, Path] | None = None,
-    device: str | torch.device = "cpu",
+    work: Path | None = None,
 ) -> list[Result]:
     """Measure one model by one task.
 
@@ -76,12 +78,12 @@ def run(
         root: Directory that the task's paths start from.
         reference: The unquantized model, to measure agreement with.
         mixtures: Tokenized mixtures by name, for tasks that read their validation documents.
-        device: Where to compute.
+        work: Directory for files of the measurement: a run that was cut off finds there what it had, and goes on.
     """
-    loaded = load_model(model, dtype=torch.float32, device=device)
+    loaded = load_model(model, dtype=torch.float32)
     tokenizer = load_tokenizer(model)
     check_tokenizer(loaded, tokenizer, where=model)
-    subject = Subject(name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {})
+    subject = Subject(name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {}, work)
     with torch.inference_mode():
         return TASKS[type(task)](task, subject)
 
