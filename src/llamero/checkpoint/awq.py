@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from llamero.checkpoint import hf
-from llamero.checkpoint.codes import Actorder, GroupCodes, signed
+from llamero.checkpoint.codes import Actorder, GroupCodes, groups_of, refuse_unknown_keys, signed
 from llamero.core.errors import LlameroError
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -36,13 +36,9 @@ class Format:
     config_file: ClassVar[str] = "quant_config.json"
     """File beside config.json, in the words of the first AWQ files."""
 
-    def groups(self, inputs: int) -> int:
-        """Return how many groups a layer with so many inputs has."""
-        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
-
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""
-        groups = self.groups(inputs)
+        groups = groups_of(inputs, self.group_size)
         return {
             "qweight": hf.Spec((inputs, outputs // 8), torch.int32),
             "qzeros": hf.Spec((groups, outputs // 8), torch.int32),
@@ -136,14 +132,7 @@ _HARMLESS = {"backend", "fuse_max_seq_len", "format", "checkpoint_format", "meth
 
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
     """Return the layout that an AWQ `quantization_config` describes, or refuse what is not understood."""
-    for key, value in keys.items():
-        allowed = _MUST_BE.get(key)
-        if (allowed is not None and value not in allowed) or (allowed is None and key not in _READ | _HARMLESS):
-            raise LlameroError(
-                f"quantization key `{key}: {value}` is not understood; it may change how codes are stored",
-                where=where,
-                fix="remove it if you are sure that it does not",
-            )
+    refuse_unknown_keys(keys, known=_READ | _HARMLESS, must_be=_MUST_BE, where=where)
     version = str(keys.get("version", "gemm")).lower()
     if version != "gemm":
         raise LlameroError(f"AWQ layout `{version}` is not read here", where=where, fix="one of: gemm")

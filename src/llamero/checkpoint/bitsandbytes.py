@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llamero.checkpoint import hf
-from llamero.checkpoint.codes import Actorder
+from llamero.checkpoint.codes import Actorder, refuse_unknown_keys
 from llamero.core.errors import LlameroError
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -183,14 +183,7 @@ _HARMLESS = {
 
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
     """Return the layout that a bitsandbytes `quantization_config` describes, or refuse what is not understood."""
-    for key, value in keys.items():
-        allowed = _MUST_BE.get(key)
-        if (allowed is not None and value not in allowed) or (allowed is None and key not in _READ | _HARMLESS):
-            raise LlameroError(
-                f"quantization key `{key}: {value}` is not understood; it may change how codes are stored",
-                where=where,
-                fix="remove it if you are sure that it does not",
-            )
+    refuse_unknown_keys(keys, known=_READ | _HARMLESS, must_be=_MUST_BE, where=where)
     eight, four = (bool(keys.get(f"load_in_{n}bit", keys.get(f"_load_in_{n}bit", False))) for n in (8, 4))
     if eight == four:
         raise LlameroError("neither, or both, of `load_in_8bit` and `load_in_4bit` are true", where=where)

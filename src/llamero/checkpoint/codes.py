@@ -2,12 +2,15 @@
 
 import math
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+from llamero.core.errors import LlameroError
 
 Actorder = Literal["none", "static", "desc"]
 """Order in which input channels were solved. `none`: as they lie; `static`: the most active first, groups stay side by
@@ -98,3 +101,31 @@ def period(bits: int) -> tuple[int, int]:
 def signed(words: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Return unsigned 32-bit words, held in int64, as the int32 with the same bits."""
     return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
+
+
+def groups_of(inputs: int, group_size: int) -> int:
+    """Return how many groups of input channels a layer has; -1 is one group of all of them."""
+    return 1 if group_size == -1 else -(-inputs // group_size)
+
+
+def refuse_unknown_keys(
+    keys: Mapping[str, Any], *, known: Collection[str], must_be: Mapping[str, Collection[Any]], where: str
+) -> None:
+    """Refuse a key of a `quantization_config` that may change how codes are stored.
+
+    Args:
+        keys: The config.
+        known: Keys that may have any value.
+        must_be: The values that other keys may have.
+        where: The file.
+
+    Raises:
+        LlameroError: A key that is in neither, or has another value.
+    """
+    for key, value in keys.items():
+        if value not in must_be[key] if key in must_be else key not in known:
+            raise LlameroError(
+                f"quantization key `{key}: {value}` is not understood; it may change how codes are stored",
+                where=where,
+                fix="remove it if you are sure that it does not",
+            )

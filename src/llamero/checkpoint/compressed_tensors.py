@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llamero.checkpoint import hf
-from llamero.checkpoint.codes import Actorder, GroupCodes, pack, period, unpack
+from llamero.checkpoint.codes import Actorder, GroupCodes, groups_of, pack, period, unpack
 from llamero.core.errors import LlameroError
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -40,13 +40,9 @@ class Format:
     config_file: ClassVar[str] = ""
     """There is no file beside config.json: one that is meant for other formats would mislead their readers."""
 
-    def groups(self, inputs: int) -> int:
-        """Return how many groups a layer with so many inputs has."""
-        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
-
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""
-        groups = self.groups(inputs)
+        groups = groups_of(inputs, self.group_size)
         specs = {
             "weight_packed": hf.Spec((outputs, inputs * self.bits // 32), torch.int32),
             "weight_scale": hf.Spec((outputs, groups), self.dtype),

@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from llamero.checkpoint import hf
-from llamero.checkpoint.codes import Actorder, GroupCodes, pack, period, signed, unpack
+from llamero.checkpoint.codes import Actorder, GroupCodes, groups_of, pack, period, refuse_unknown_keys, signed, unpack
 from llamero.core.errors import LlameroError
 
 BITS = (2, 3, 4, 8)
@@ -65,13 +65,9 @@ class Format:
     config_file: ClassVar[str] = "quantize_config.json"
     """File beside config.json that readers look into too, some of them first."""
 
-    def groups(self, inputs: int) -> int:
-        """Return how many groups a layer with so many inputs has."""
-        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
-
     def specs(self, inputs: int, outputs: int) -> dict[str, hf.Spec]:
         """Return shape and dtype of what `encode` returns, which stands in place of a `weight`."""
-        groups = self.groups(inputs)
+        groups = groups_of(inputs, self.group_size)
         return {
             "qweight": hf.Spec((inputs * self.bits // 32, outputs), torch.int32),
             "qzeros": hf.Spec((groups, outputs * self.bits // 32), torch.int32),
@@ -179,14 +175,7 @@ many bits is read from the tensors themselves."""
 
 def parse_format(keys: Mapping[str, Any], *, where: str) -> Format:
     """Return the layout that a GPTQ `quantization_config` describes, or refuse what is not understood."""
-    for key, value in keys.items():
-        allowed = _MUST_BE.get(key)
-        if (allowed is not None and value not in allowed) or (allowed is None and key not in _READ | _HARMLESS):
-            raise LlameroError(
-                f"quantization key `{key}: {value}` is not understood; it may change how codes are stored",
-                where=where,
-                fix="remove it if you are sure that it does not",
-            )
+    refuse_unknown_keys(keys, known=_READ | _HARMLESS, must_be=_MUST_BE, where=where)
     layout = (
         keys.get("checkpoint_format", keys.get("format")) or "gptq"
     )  # files of 2023 name none: v1 was all there was

@@ -74,10 +74,18 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, Value]:
     if not generation.get("do_sample", False):
         return {}
     return {
-        f"general.sampling.{theirs}": Value(kind, generation[key])
+        f"general.sampling.{theirs}": Value(kind, _number(key, generation[key], whole=kind != "float32"))
         for key, (theirs, kind) in SAMPLING.items()
         if generation.get(key) is not None
     }
+
+
+def _number(key: str, value: object, *, whole: bool) -> float:
+    """Return a number of generation_config.json; JSON may write a whole one as 50.0."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and (not whole or value == int(value)):
+        return int(value) if whole else value
+    kind = "whole number" if whole else "number"
+    raise LlameroError(f"`{key}: {value}` is not a {kind}", where="generation_config.json", fix="mend or remove it")
 
 
 def size_label(config: LlamaConfig) -> str:

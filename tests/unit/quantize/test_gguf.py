@@ -14,6 +14,7 @@ from llamero.checkpoint.gguf import open_gguf
 from llamero.checkpoint.gguf_names import from_gguf, rows_from_gguf, to_gguf
 from llamero.checkpoint.imatrix import Imatrix, read_imatrix, write_imatrix
 from llamero.core.errors import LlameroError
+from llamero.core.gguf import Value
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
 from llamero.model.load import load_model, save_model
@@ -21,7 +22,7 @@ from llamero.model.rope import Default, Dynamic, Linear, Llama3, Yarn
 from llamero.quantize import gguf_mix, gguf_sizes
 from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.gguf import GgufVariantWriter
-from llamero.quantize.gguf_metadata import metadata, size_label
+from llamero.quantize.gguf_metadata import _sampling, metadata, size_label
 from llamero.quantize.gguf_mix import MIXES
 from llamero.quantize.run import run
 from llamero.text.tokenizer import train_bpe
@@ -352,3 +353,12 @@ def test_the_head_heeds_importances_too(reports, model, tmp_path):
         (theirs(files(each)[0])["lm_head.weight"] - plain)[:, ::2].norm() for each in (report, reports["gguf-Q4_0"])
     ]
     assert errors[0] < 0.98 * errors[1]
+
+
+def test_numbers_of_generation_config_are_stored_as_their_kind_or_refused():
+    said = _sampling({"do_sample": True, "top_k": 50.0, "temperature": 1})
+    assert said["general.sampling.top_k"] == Value("int32", 50)
+    assert said["general.sampling.temp"] == Value("float32", 1)
+    for wrong in (50.5, "50", True):
+        with pytest.raises(LlameroError, match=f"top_k: {wrong}` is not a whole number"):
+            _sampling({"do_sample": True, "top_k": wrong})
