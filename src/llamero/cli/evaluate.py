@@ -22,6 +22,7 @@ def evaluate(
     limit: int | None = None,
     subjects: int | None = None,
     truthfulqa: Literal["2021", "later"] | None = None,
+    protocol: Literal["window", "llama.cpp"] | None = None,
     window: int | None = None,
     stride: int | None = None,
     template: str = "auto",
@@ -32,11 +33,11 @@ def evaluate(
     Parameters
     ----------
     tasks
-        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity, samples or toy_world.
+        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity, wikitext, samples or toy_world.
     data
         Directory of the benchmark files (for h4 and its parts).
     text
-        Text file to measure perplexity on; may be given several times.
+        Text file to measure perplexity on (perplexity, wikitext); may be given several times.
     prompt
         What to say to the model (samples); may be given several times.
     limit
@@ -45,6 +46,8 @@ def evaluate(
         MMLU subjects to take, the first ones by name.
     truthfulqa
         Edition of TruthfulQA: 2021 by default, which the published scores used.
+    protocol
+        How perplexity is measured: a window that slides, or llama.cpp's chunks.
     window
         Tokens of a perplexity window, 512 by default.
     stride
@@ -65,6 +68,7 @@ def evaluate(
         "limit": limit,
         "subjects": subjects,
         "truthfulqa": truthfulqa,
+        "protocol": protocol,
         "window": window,
         "stride": stride,
     }

@@ -73,7 +73,7 @@ class ToyWorldTask(_Task):
 
 
 class PerplexityTask(_Task):
-    """Perplexity of texts by the strided window, and agreement with the unquantized model."""
+    """Perplexity of texts, and agreement with the unquantized model."""
 
     tasks: Literal["perplexity"]
     """Name of the task."""
@@ -81,10 +81,12 @@ class PerplexityTask(_Task):
     """Text files by the name that reports use, relative to the recipe."""
     validation: list[str] = []
     """Mixtures of the recipe; their validation documents are measured, each by itself."""
-    window: int = Field(default=512, ge=2)
-    """Tokens of a window over a text."""
+    protocol: Literal["window", "llama.cpp"] = "window"
+    """`window` slides over a text; `llama.cpp` cuts it into chunks and scores the second half of each, as its tool."""
+    window: int = Field(default=512, ge=4)
+    """Tokens of a window over a text, or of a chunk."""
     stride: int = Field(default=256, ge=1)
-    """Tokens between windows; the rest of a window is context."""
+    """Tokens between sliding windows; the rest of a window is context."""
     tokens: int | None = Field(default=None, gt=1)
     """Tokens of each text to use, from its start; all by default."""
 
@@ -104,7 +106,32 @@ class PerplexityTask(_Task):
     def _something_to_read(self) -> Self:
         if not self.texts and not self.validation:
             raise ValueError("give `texts` or `validation`")
+        if self.protocol == "llama.cpp" and "stride" in self.model_fields_set:
+            raise ValueError("llama.cpp's chunks have no `stride`: half of each is context")
         return self
+
+
+class WikitextTask(_Task):
+    """Perplexity per word and per byte of pages, as lm-evaluation-harness measures it on WikiText."""
+
+    tasks: Literal["wikitext"]
+    """Name of the task."""
+    texts: dict[str, str] = Field(min_length=1)
+    """WikiText's raw text (wiki.test.raw) or JSONL with `page`, by the name that reports use, relative to the recipe."""
+    compat: Literal["lm-eval", "leaderboard-2023"] = "lm-eval"
+    """How a page begins: `lm-eval` as today, with BOS (scored once if the tokenizer adds it); `leaderboard-2023` with
+    the end-of-text token and no BOS."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of a window; the model's `max_position_embeddings` by default."""
+    limit: int | None = Field(default=None, gt=0)
+    """Pages of each text, from its start; all by default."""
+
+    _paths = frozenset({"texts"})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the texts."""
+        return {f"text {name}": path for name, path in self.texts.items()}
 
 
 class SamplesTask(_Task):
@@ -120,7 +147,7 @@ class SamplesTask(_Task):
     """Which models."""
 
 
-EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask | SamplesTask, Field(discriminator="tasks")]
+EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask, Field(discriminator="tasks")]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
 `TASKS` of evaluate/run.py, how cards print what it measures in `PRINTED` of publish/measurements.py, a test."""
 
@@ -139,7 +166,7 @@ def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
         raise LlameroError(f"unknown task `{name}`", fix=did_you_mean(name, kinds))
     kind = kinds[name]
     missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in {"tasks", *given}]
-    if missing or (kind is PerplexityTask and "texts" not in given):
+    if missing or ("texts" in kind.model_fields and "texts" not in given):
         option = {"data": "--data DIR (layout: docs/evaluate.md)", "prompts": "--prompt TEXT"}
         raise LlameroError(f"`{name}` of what?", fix=f"give {option.get(''.join(missing), '--text FILE')}")
     return parse(kind, {"tasks": name, **given})

@@ -13,8 +13,15 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import benchmarks, toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import h4
-from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
+from llamero.evaluate import h4, wikitext
+from llamero.evaluate.config import (
+    EvaluateConfig,
+    H4Task,
+    PerplexityTask,
+    SamplesTask,
+    ToyWorldTask,
+    WikitextTask,
+)
 from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
 from llamero.infer.context import check_tokenizer
@@ -115,7 +122,7 @@ def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
     for text in _texts(task, subject):
         found = score.perplexity(subject.model, text.ids, text.windows)
         metrics = {"perplexity": found.value, "tokens": found.tokens}
-        results.append(subject.result("perplexity", metrics, text.protocol, text=text.name))
+        results.append(subject.result("perplexity", metrics, text.protocol, notes=text.notes, text=text.name))
         if other is not None:
             agreement = score.compare(other, subject.model, text.ids, text.windows)
             metrics = {"kl": agreement.kl, "top1": agreement.top1, "tokens": agreement.tokens}
@@ -126,13 +133,38 @@ def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
 
 def _texts(task: PerplexityTask, subject: Subject) -> Iterator[Text]:
     for name, path in task.texts.items():
-        how = {"window": task.window, "stride": task.stride, "tokens": task.tokens}
-        yield texts.of_file(name, subject.root / path, subject.tokenizer, **how)
+        how = {"window": task.window, "tokens": task.tokens}
+        if task.protocol == "llama.cpp":
+            yield texts.of_chunks(name, subject.root / path, subject.tokenizer, **how)
+        else:
+            yield texts.of_file(name, subject.root / path, subject.tokenizer, stride=task.stride, **how)
     for name in task.validation:
         documents = [d.tolist() for d in Dataset(subject.mixtures[name]).tokens("val")]
         if not documents:
             raise LlameroError(f"mixture `{name}` has no validation documents", fix="give a source `val_split`")
         yield texts.of_documents(f"{name}, validation", documents)
+
+
+def _wikitext(task: WikitextTask, subject: Subject) -> list[Result]:
+    begins = wikitext.beginning(subject.tokenizer, task.compat)
+    longest = task.max_length or subject.model.config.max_position_embeddings
+    results: list[Result] = []
+    for name, path in task.texts.items():
+        pages = wikitext.pages(subject.root / path)[: task.limit]
+        written = [wikitext.detokenized(page) for page in pages]
+        ids = [[*begins.scored, *subject.tokenizer.encode(page)] for page in written]
+        windows = [window for page in ids for window in wikitext.rolling(page, begins.prefix, longest)]
+        scored = score.log_likelihoods(subject.model, windows, max_length=longest)
+        found = wikitext.PerWord(
+            log_likelihood=sum(each.log_likelihood for each in scored),
+            words=sum(map(wikitext.words, pages)),
+            bytes=sum(len(page.encode()) for page in pages),
+            tokens=sum(map(len, ids)),
+        )
+        protocol = f"{len(pages)} pages, each by itself, detokenized, windows of {longest}, {begins.words}"
+        protocol = f"lm-eval's wikitext ({task.compat}): {protocol}"
+        results.append(subject.result("wikitext", found.metrics, protocol, text=name, limit=task.limit))
+    return results
 
 
 def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
@@ -202,6 +234,7 @@ def encode(tokenizer: Tokenizer, request: h4.Request) -> tuple[list[int], list[i
 TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     ToyWorldTask: _toy_world,
     PerplexityTask: _perplexity,
+    WikitextTask: _wikitext,
     H4Task: _h4,
     SamplesTask: _samples,
 }

@@ -23,6 +23,8 @@ class Text:
     """What a model sees at a time, and what of it is scored."""
     protocol: str
     """How, in a few words."""
+    notes: tuple[str, ...] = ()
+    """What of it is not measured, and what was put in."""
 
 
 def of_file(
@@ -51,6 +53,42 @@ def of_ids(
     taken = list(islice(chain(head, ids), tokens))
     protocol = f"window {window}, stride {stride}, {'BOS first' if head else 'no BOS'}"
     return Text(name, taken, sliding(len(taken), window=window, stride=stride), protocol)
+
+
+def of_chunks(name: str, path: Path, tokenizer: Tokenizer, *, window: int, tokens: int | None = None) -> Text:
+    """Return a text file as llama.cpp's perplexity tool takes it.
+
+    Chunks lie end to end; of each the second half is scored, after the first half as context, and where the tokenizer
+    begins texts with BOS, that stands in place of every chunk's first token. What is left at the end is dropped.
+    (llama.cpp, tools/perplexity/perplexity.cpp, `perplexity`.)
+
+    Args:
+        name: What reports call it.
+        path: The file, UTF-8.
+        tokenizer: Of the model.
+        window: Tokens of a chunk (`n_ctx` there).
+        tokens: Tokens to use, from the start; all by default.
+
+    Raises:
+        LlameroError: The text does not fill two chunks.
+    """
+    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids = list(islice(chain(head, _encoded(_read(path), tokenizer, tokens)), tokens))
+    if len(ids) < 2 * window:
+        raise LlameroError(
+            f"the text has {len(ids)} tokens, llama.cpp's protocol asks for two chunks of {window}",
+            where=path,
+            fix="lower the window, or give a longer text",
+        )
+    whole = len(ids) - len(ids) % window
+    for start in range(0, whole, window):
+        ids[start : start + len(head)] = head
+    windows = [Window(start, start + window, start + window // 2 + 1) for start in range(0, whole, window)]
+    first = "BOS in place of each chunk's first token" if head else "no BOS"
+    protocol = f"llama.cpp's protocol: chunks of {window}, second half scored, {first}"
+    dropped = len(ids) - whole
+    notes = (f"{name}: the last {dropped} tokens fill no chunk and are dropped",) if dropped else ()
+    return Text(name, ids[:whole], windows, protocol, notes)
 
 
 def of_documents(name: str, each: Iterable[Sequence[int]]) -> Text:

@@ -58,6 +58,14 @@ PRINTED: dict[str, Task] = {
     "truthfulqa_mc": Task("TruthfulQA", "truthful_qa", (Metric("mc2", "TruthfulQA"),)),
     "toy_world": Task("Toy world", "toy_world", (Metric("accuracy", "Toy world"),)),
     PERPLEXITY: Task("Perplexity", None, (Metric("perplexity", "Perplexity", ".3f", percent=False),)),
+    "wikitext": Task(
+        "WikiText",
+        "wikitext",
+        (
+            Metric("word_perplexity", "Word perplexity", ".3f", percent=False),
+            Metric("bits_per_byte", "Bits per byte", ".4f", percent=False),
+        ),
+    ),
     AGREEMENT: Task("Agreement", None, (Metric("kl", "KL", ".3g", percent=False), Metric("top1", "Top-1 agreement"))),
 }
 """The main numbers of every task, in the order of columns. A new task (evaluate/config.py) needs a line here."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llamero.core import gguf
 from llamero.core.errors import LlameroError
-from llamero.evaluate.config import PerplexityTask
+from llamero.evaluate.config import PerplexityTask, WikitextTask
 from llamero.parallel.layout import refuse_impossible
 from llamero.quantize.variants import fitting, refuse_misfits
 from llamero.recipe.schema import ScratchConfig
@@ -153,6 +153,8 @@ def _refuse_long(recipe: Recipe, base: Base) -> None:
     for number, task in enumerate(recipe.evaluate):
         if isinstance(task, PerplexityTask) and task.texts:
             lengths[f"evaluate.{number}.window"] = task.window
+        if isinstance(task, WikitextTask) and task.max_length is not None:
+            lengths[f"evaluate.{number}.max_length"] = task.max_length
     for key, length in lengths.items():
         if length > base.context:
             raise LlameroError(

@@ -17,7 +17,14 @@ from llamero.corpus import known
 from llamero.corpus.toy_files import ToyFile
 from llamero.data.config import FileSource, MixtureConfig, ToyWorldSource
 from llamero.engine.stage import ProbeConfig, StageConfig
-from llamero.evaluate.config import EvaluateConfig, H4Task, PerplexityTask, SamplesTask, ToyWorldTask
+from llamero.evaluate.config import (
+    EvaluateConfig,
+    H4Task,
+    PerplexityTask,
+    SamplesTask,
+    ToyWorldTask,
+    WikitextTask,
+)
 from llamero.parallel.config import ParallelConfig
 from llamero.quantize.config import CalibrationSource, QuantizeConfig
 from llamero.quantize.gate import Measure
@@ -377,6 +384,13 @@ class _Tiny:
                 said.most("window", task.window, SEQUENCE)
                 said.most("stride", task.stride, SEQUENCE // 2)
                 said.put("tokens", task.tokens, min(task.tokens or CALIBRATION, CALIBRATION))
+            case WikitextTask():
+                texts = {name: path for name, path in task.texts.items() if self.here(path)}
+                if not texts:
+                    return False
+                said.put("texts", task.texts, texts, "the others are not here")
+                said.put("max_length", task.max_length, None, "the tiny model's own")
+                said.put("limit", task.limit, 1)
             case ToyWorldTask():
                 said.most("per_category", task.per_category, QUESTIONS)
             case SamplesTask():
