@@ -117,7 +117,7 @@ class WikitextTask(_Task):
     tasks: Literal["wikitext"]
     """Name of the task."""
     texts: dict[str, str] = Field(min_length=1)
-    """WikiText's raw text (wiki.test.raw) or JSONL with `page`, by the name that reports use, relative to the recipe."""
+    """WikiText's raw text (wiki.test.raw) or JSONL with `page`, by the name that reports use."""
     compat: Literal["lm-eval", "leaderboard-2023"] = "lm-eval"
     """How a page begins: `lm-eval` as today, with BOS (scored once if the tokenizer adds it); `leaderboard-2023` with
     the end-of-text token and no BOS."""
@@ -147,7 +147,9 @@ class SamplesTask(_Task):
     """Which models."""
 
 
-EvaluateConfig = Annotated[H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask, Field(discriminator="tasks")]
+EvaluateConfig = Annotated[
+    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask, Field(discriminator="tasks")
+]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
 `TASKS` of evaluate/run.py, how cards print what it measures in `PRINTED` of publish/measurements.py, a test."""
 

@@ -154,7 +154,7 @@ def _wikitext(task: WikitextTask, subject: Subject) -> list[Result]:
         written = [wikitext.detokenized(page) for page in pages]
         ids = [[*begins.scored, *subject.tokenizer.encode(page)] for page in written]
         windows = [window for page in ids for window in wikitext.rolling(page, begins.prefix, longest)]
-        scored = score.log_likelihoods(subject.model, windows, max_length=longest)
+        scored = subject.engine.score(windows, max_length=longest)
         found = wikitext.PerWord(
             log_likelihood=sum(each.log_likelihood for each in scored),
             words=sum(map(wikitext.words, pages)),

@@ -16,7 +16,9 @@ from llamero.model.load import load_model
 from llamero.text.tokenizer import load_tokenizer
 
 DATA = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).resolve().parents[4] / "shared")) / "data"
-PAGE = " = Tower = \n \n The tower ( 324 m @-@ high ) is \" tall \" , says the guide 's book . \n = = Name = = \n N towers"
+PAGE = (
+    ' = Tower = \n \n The tower ( 324 m @-@ high ) is " tall " , says the guide \'s book . \n = = Name = = \n N towers'
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def test_all_62_pages_are_found_and_detokenized_as_lm_eval_does(raw):
 
 def test_a_page_is_detokenized():
     assert wikitext.detokenized(PAGE) == (
-        ' = Tower =\n\nThe tower (324 m-high) is "tall", says the guide\'s book.\n== Name ==\n1 towers'
-    ).replace("\n1 towers", "\nN towers")  # no space before the N: the line ended there
+        ' = Tower =\n\nThe tower (324 m-high) is "tall", says the guide\'s book.\n== Name ==\nN towers'
+    )
 
 
 def test_pages_begin_with_headings_of_the_first_level(tmp_path):
@@ -98,9 +100,7 @@ def by_lm_eval(directory, pages, **options):
     said = lm.loglikelihood_rolling(asked, disable_tqdm=True)
     rows = [process_results(doc, (each,)) for doc, each in zip(docs, said, strict=True)]
     means = {"word_perplexity": weighted_perplexity, "byte_perplexity": weighted_perplexity}
-    return {
-        name: mean([row[name] for row in rows]) for name, mean in {**means, "bits_per_byte": bits_per_byte}.items()
-    }
+    return {name: mean([row[name] for row in rows]) for name, mean in {**means, "bits_per_byte": bits_per_byte}.items()}
 
 
 @pytest.mark.slow
