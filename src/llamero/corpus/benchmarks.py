@@ -5,9 +5,9 @@
               mmlu/{dev,test}/<subject>_{dev,test}.csv     question, four choices, letter; no header
               truthfulqa/mc_task_2021.json, mc_task.json   (the later edition)
               mt_bench/mt_bench/question.jsonl, or mt_bench/question.jsonl
-              gsm8k/test.jsonl
+              gsm8k/test.jsonl, and train.jsonl where there is one
               humaneval/HumanEval.jsonl.gz, or HumanEval.jsonl
-              winogrande/dev.jsonl
+              winogrande/dev.jsonl, and train*.jsonl where there is one
 
 Rows hold the text as published; how a question is asked is the business of whoever asks it.
 """
@@ -185,6 +185,12 @@ def gsm8k(directory: Path) -> list[Gsm8kRow]:
     return _json_lines(directory / "gsm8k" / "test.jsonl", _gsm8k_row)
 
 
+def gsm8k_train(directory: Path) -> list[Gsm8kRow] | None:
+    """Return the GSM8K training problems in file order, or None where there is no such file."""
+    path = directory / "gsm8k" / "train.jsonl"
+    return _json_lines(path, _gsm8k_row) if path.is_file() else None
+
+
 def humaneval(directory: Path) -> list[HumanEvalRow]:
     """Return the HumanEval problems, in file order."""
     plain = directory / "humaneval" / "HumanEval.jsonl"
@@ -194,6 +200,12 @@ def humaneval(directory: Path) -> list[HumanEvalRow]:
 def winogrande(directory: Path) -> list[WinoGrandeRow]:
     """Return the WinoGrande validation sentences, in file order; the test labels are not public."""
     return _json_lines(directory / "winogrande" / "dev.jsonl", _winogrande_row)
+
+
+def winogrande_train(directory: Path) -> list[WinoGrandeRow] | None:
+    """Return the WinoGrande training sentences in file order, or None where there is no training file."""
+    path = _only_file(directory / "winogrande", "train*.jsonl")
+    return None if path is None else _json_lines(path, _winogrande_row)
 
 
 def _arc_row(row: dict[str, Any], where: str) -> ArcRow:

@@ -13,7 +13,7 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import benchmarks, toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import h4, wikitext
+from llamero.evaluate import h4, tally, wikitext
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
@@ -22,6 +22,7 @@ from llamero.evaluate.config import (
     ToyWorldTask,
     WikitextTask,
 )
+from llamero.evaluate.questions import Request
 from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
 from llamero.infer.context import check_tokenizer
@@ -180,17 +181,17 @@ def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
 def _h4(task: H4Task, subject: Subject) -> list[Result]:
     directory = subject.root / task.data
     asked = h4.tasks(directory, _names(task, directory), limit=task.limit, truthfulqa_edition=task.truthfulqa)
-    scored: list[h4.Scores] = []
+    scored: list[tally.Scores] = []
     truncated: Counter[str] = Counter()
     for one in progress.track(asked, f"evaluate {subject.name}", unit="tasks"):
         requests = [encode(subject.tokenizer, request) for request in one.requests]
         answers = subject.engine.score(requests, max_length=subject.model.config.max_position_embeddings)
-        truncated[h4.benchmark(one.name)] += sum(answer.truncated > 0 for answer in answers)
-        scored.append(h4.scores(one, [answer.log_likelihood for answer in answers]))
-    return _h4_results(task, subject, h4.summary(asked, scored), truncated)
+        truncated[one.benchmark] += sum(answer.truncated > 0 for answer in answers)
+        scored.append(tally.scores(one, [answer.log_likelihood for answer in answers]))
+    return _h4_results(task, subject, tally.summary(asked, scored), truncated)
 
 
-def _h4_results(task: H4Task, subject: Subject, summary: h4.Summary, truncated: Mapping[str, int]) -> list[Result]:
+def _h4_results(task: H4Task, subject: Subject, summary: tally.Summary, truncated: Mapping[str, int]) -> list[Result]:
     results: list[Result] = []
     for name, part in summary["benchmarks"].items():
         metrics = {part["metric"]: part["value"], **_error(part["metric"], part["standard_error"])}
@@ -212,11 +213,13 @@ def _names(task: H4Task, directory: Path) -> list[str]:
     """Return the tasks to ask for; a limit on MMLU subjects takes the first by name."""
     if task.subjects is None or task.tasks not in ("h4", "mmlu"):
         return [task.tasks]
-    subjects = [h4.MMLU_PREFIX + subject for subject in benchmarks.mmlu_subjects(directory)[: task.subjects]]
+    subjects = [
+        h4.MMLU_PREFIX[task.compat] + subject for subject in benchmarks.mmlu_subjects(directory)[: task.subjects]
+    ]
     return subjects if task.tasks == "mmlu" else ["arc_challenge", "hellaswag", *subjects, "truthfulqa_mc"]
 
 
-def encode(tokenizer: Tokenizer, request: h4.Request) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Tokenizer, request: Request) -> tuple[list[int], list[int]]:
     """Return context and continuation ids as the old harness cuts them: no special tokens, spaces go to the right.
 
     An empty context is the end-of-text token.

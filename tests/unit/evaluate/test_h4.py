@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llamero.core.errors import LlameroError
-from llamero.evaluate import h4
-from llamero.evaluate.h4 import Document, Request, Task
+from llamero.evaluate import h4, questions, tally
+from llamero.evaluate.questions import Document, Request, Task
 
 RECORDED = (
     "arc_challenge",
@@ -83,11 +83,13 @@ def write(path, rows):
 
 def digest(task):
     lines = (json.dumps([each.context, each.continuation], ensure_ascii=True) for each in task.requests)
-    return hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
+    found = hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
+    assert questions.digest([task]) == found
+    return found
 
 
 def uniform(tasks):
-    return [h4.scores(task, [-1.0] * len(task.requests)) for task in tasks]
+    return [tally.scores(task, [-1.0] * len(task.requests)) for task in tasks]
 
 
 # -- the recorded requests
@@ -116,7 +118,7 @@ def test_limited_requests_are_those_of_the_old_harness(real, recorded, entry):
 
 def test_a_summary_says_how_far_the_files_are_from_the_published_ones(real):
     tasks = h4.tasks(real, limit=2, truthfulqa_edition="later")
-    found = h4.summary(tasks, uniform(tasks))
+    found = tally.summary(tasks, uniform(tasks))
     assert len(found["benchmarks"]["mmlu"]["subjects"]) == 38
     text = "\n".join(found["departures"])
     assert "mmlu: 38 of 57 subjects" in text
@@ -191,7 +193,7 @@ def task_of(metric, *documents, name="arc_challenge", available=None):
 
 def test_acc_norm_divides_by_the_characters_of_the_choice():
     task = task_of("acc_norm", Document("q", ("no", "much longer"), 1), Document("r", ("a", "b", "c"), 0))
-    found = h4.scores(task, [-2.0, -5.0, -1.0, -2.0, -3.0])
+    found = tally.scores(task, [-2.0, -5.0, -1.0, -2.0, -3.0])
     assert found["documents"] == [{"acc": 0.0, "acc_norm": 1.0}, {"acc": 1.0, "acc_norm": 1.0}]
     assert found["metrics"]["acc"] == {"value": 0.5, "standard_error": pytest.approx(0.5)}
     assert found["metrics"]["acc_norm"]["value"] == 1.0
@@ -201,19 +203,19 @@ def test_acc_norm_divides_by_the_characters_of_the_choice():
 def test_mc2_is_the_share_of_the_true_answers():
     document = Document("q", ("t", "f", "t", "u", "f"), 0, (1, 1, 0))
     logs = [math.log(p) for p in (0.1, 0.2, 0.3, 0.1, 0.2)]
-    found = h4.scores(task_of("mc2", document, name="truthfulqa_mc"), logs)["documents"][0]
+    found = tally.scores(task_of("mc2", document, name="truthfulqa_mc"), logs)["documents"][0]
     assert found == {"mc1": 0.0, "mc2": pytest.approx(0.4 / 0.6)}
 
 
 def test_mc2_counts_a_true_answer_after_a_false_one_as_false():
     document = Document("q", ("t", "f", "t", "f", "t"), 0, (1, 0, 1))
-    found = h4.scores(task_of("mc2", document), [0.0, -1.0, -3.0, -3.0, -3.0])["documents"][0]
+    found = tally.scores(task_of("mc2", document), [0.0, -1.0, -3.0, -3.0, -3.0])["documents"][0]
     assert found == {"mc1": 1.0, "mc2": pytest.approx(1 / 3)}
 
 
 def test_mc2_survives_probabilities_that_are_zero_in_floating_point():
     document = Document("q", ("t", "f", "t", "f"), 0, (1, 0))
-    found = h4.scores(task_of("mc2", document), [-2000.0, -2001.0, -2000.0, -2000.0 - math.log(3)])
+    found = tally.scores(task_of("mc2", document), [-2000.0, -2001.0, -2000.0, -2000.0 - math.log(3)])
     assert found["documents"][0]["mc2"] == pytest.approx(0.75)
 
 
@@ -221,12 +223,12 @@ def test_mc2_survives_probabilities_that_are_zero_in_floating_point():
 def test_what_is_no_probability_is_an_error_that_names_the_document(bad):
     document = Document("q", ("t", "f", "t", "f"), 0, (1, 0))
     with pytest.raises(LlameroError, match="truthfulqa_mc, document 0"):
-        h4.scores(task_of("mc2", document, name="truthfulqa_mc"), [-1.0, -1.0, bad, bad])
+        tally.scores(task_of("mc2", document, name="truthfulqa_mc"), [-1.0, -1.0, bad, bad])
 
 
 def test_as_many_log_likelihoods_as_requests():
     with pytest.raises(ValueError, match="1 log-likelihoods for 2 requests"):
-        h4.scores(task_of("acc", Document("q", ("a", "b"), 0)), [-1.0])
+        tally.scores(task_of("acc", Document("q", ("a", "b"), 0)), [-1.0])
 
 
 def test_mmlu_is_the_unweighted_mean_of_its_subjects():
@@ -236,7 +238,7 @@ def test_mmlu_is_the_unweighted_mean_of_its_subjects():
         task_of("acc", right, name="arc_challenge"),
         task_of("acc", right, right, name="hendrycksTest-virology"),
     ]
-    mmlu = h4.summary(tasks, uniform(tasks))["benchmarks"]["mmlu"]
+    mmlu = tally.summary(tasks, uniform(tasks))["benchmarks"]["mmlu"]
     assert mmlu["value"] == pytest.approx((0.25 + 1.0) / 2)  # over questions it would be 0.5
     assert (mmlu["n"], mmlu["subjects"]) == (6, ["anatomy", "virology"])
     assert mmlu["standard_error"] == pytest.approx(0.25 / 2)  # of 1/4 and 0
@@ -244,7 +246,7 @@ def test_mmlu_is_the_unweighted_mean_of_its_subjects():
 
 def test_the_average_is_the_mean_of_the_four_times_100(small):
     tasks = h4.tasks(small)
-    found = h4.summary(tasks, uniform(tasks))
+    found = tally.summary(tasks, uniform(tasks))
     values = {name: part["value"] for name, part in found["benchmarks"].items()}
     assert values == {"arc_challenge": 1.0, "hellaswag": 0.0, "mmlu": 0.0, "truthfulqa_mc": 0.5}
     assert found["average"] == pytest.approx(37.5)
@@ -253,11 +255,11 @@ def test_the_average_is_the_mean_of_the_four_times_100(small):
 
 def test_three_of_four_have_no_average(small):
     tasks = h4.tasks(small, ["arc_challenge", "hellaswag", "truthfulqa_mc"])
-    assert h4.summary(tasks, uniform(tasks))["average"] is None
+    assert tally.summary(tasks, uniform(tasks))["average"] is None
 
 
 def test_results_are_json(small):
     tasks = h4.tasks(small, limit=1)
     scored = uniform(tasks)
-    again = json.loads(json.dumps([scored, h4.summary(tasks, scored)], allow_nan=False))
-    assert again == [scored, h4.summary(tasks, scored)]
+    again = json.loads(json.dumps([scored, tally.summary(tasks, scored)], allow_nan=False))
+    assert again == [scored, tally.summary(tasks, scored)]
