@@ -454,7 +454,7 @@ class Plan:
         if variant:
             self._refuse_calibrated(parents, where=f"evaluate: {task.tasks}")
             parents["reference"] = self._model_digest("final")
-        identity = Identity("evaluation", f"evaluate-{task.tasks}-{name}", config, parents)
+        identity = Identity("evaluation", f"evaluate-{task.label}-{name}", config, parents)
 
         def make(builds: Builds) -> None:
             from llamero.evaluate.run import run

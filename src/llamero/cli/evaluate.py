@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from llamero.cli.display import Bars, say_results
-from llamero.cli.options import Model, import_uninterrupted
+from llamero.cli.display import Bars, out, say_results
+from llamero.cli.options import OutDir, import_uninterrupted
 from llamero.core.errors import LlameroError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cyclopts import Token
+
+    from llamero.evaluate.config import EvaluateConfig
+
+HUB = "hub"
+
+
+def _whole(type_: object, tokens: Sequence[Token]) -> int:
+    """Return a count; a part of something is refused instead of rounded."""
+    given = tokens[0].value
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(f"`{given}` is not a whole number: it counts questions of each task, it is no share") from None
 
 
 def evaluate(
-    model: Model,
+    model: Annotated[
+        str | None,
+        Parameter(help="Model directory, GGUF file, or owner/name[:revision] of the hub; not read for --requests."),
+    ] = None,
     *,
-    tasks: str,
-    data: Path | None = None,
+    tasks: str | None = None,
+    compat: Literal["leaderboard-2023", "lm-eval"] | None = None,
+    data: str | None = None,
+    requests: Path | None = None,
     text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
     prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
-    limit: int | None = None,
+    limit: Annotated[int | None, Parameter(converter=_whole)] = None,
     subjects: int | None = None,
     truthfulqa: Literal["2021", "later"] | None = None,
     protocol: Literal["window", "llama.cpp"] | None = None,
     window: int | None = None,
     stride: int | None = None,
     template: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    softmax_dtype: Literal["float32", "model"] | None = None,
+    out_dir: OutDir = None,
     json: Path | None = None,
 ) -> None:
     """Measure a model.
@@ -33,9 +59,15 @@ def evaluate(
     Parameters
     ----------
     tasks
-        h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc, perplexity, wikitext, samples or toy_world.
+        What to measure, with commas between: h4, openllm, arc_challenge, hellaswag, mmlu, truthfulqa_mc, winogrande,
+        gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, samples, toy_world.
+    compat
+        Whose prompts, few-shot draws, BOS rule and averages (h4 and its parts): those of the scores published in
+        2023 by default, or those of today's lm-eval.
     data
-        Directory of the benchmark files (for h4 and its parts).
+        Directory of the benchmark files (for h4 and its parts), or `hub`: fetched once, then kept in its cache.
+    requests
+        Write the requests of the tasks to this file, as JSON lines, and end: no model is read.
     text
         Text file to measure perplexity on (perplexity, wikitext); may be given several times.
     prompt
@@ -45,7 +77,7 @@ def evaluate(
     subjects
         MMLU subjects to take, the first ones by name.
     truthfulqa
-        Edition of TruthfulQA: 2021 by default, which the published scores used.
+        Edition of TruthfulQA: by default 2021, which the published scores used, or for lm-eval the later one.
     protocol
         How perplexity is measured: a window that slides, or llama.cpp's chunks.
     window
@@ -54,15 +86,21 @@ def evaluate(
         Tokens between windows, 256 by default.
     template
         Chat template of prompts (toy_world).
+    dtype
+        Dtype of the weights, float32 by default.
+    softmax_dtype
+        Dtype of log-probabilities, float32 by default; both harnesses compute them in that of the weights (`model`).
+    out_dir
+        Directory that gets every sample, one JSON line each (h4 and its parts: samples.jsonl); run again to go on
+        where it stopped.
     json
         Also write the results to this file.
     """
-    from llamero.core.download import resolve_model
-    from llamero.core.results import write_file
-    from llamero.evaluate.config import named
+    from llamero.evaluate.config import several
 
     given: dict[str, object] = {
-        "data": None if data is None else str(data.resolve()),
+        "compat": compat,
+        "data": data if data is None or data == HUB else str(Path(data).resolve()),
         "texts": {path.name: str(path.resolve()) for path in text} or None,
         "prompts": list(prompt) or None,
         "limit": limit,
@@ -71,8 +109,42 @@ def evaluate(
         "protocol": protocol,
         "window": window,
         "stride": stride,
+        "dtype": dtype,
+        "softmax_dtype": softmax_dtype,
     }
-    task = named(tasks, {key: value for key, value in given.items() if value is not None})
+    if tasks is None:
+        raise LlameroError("what is to be measured?", fix="give --tasks, for example --tasks h4 --data DIR")
+    wanted = several(tasks, {key: value for key, value in given.items() if value is not None})
+    if requests is not None:
+        _write_requests(requests, wanted)
+        return
+    if model is None:
+        raise LlameroError("which model?", fix="give a directory, a GGUF file or owner/name of the hub")
+    _measure(model, wanted, template, work=out_dir, json=json)
+
+
+def _write_requests(path: Path, wanted: Sequence[EvaluateConfig]) -> None:
+    """Write down what would be asked."""
+    from llamero.evaluate import requests
+    from llamero.evaluate.config import H4Task
+
+    asked = []
+    for task in wanted:
+        if not isinstance(task, H4Task):
+            raise LlameroError(
+                f"`{task.tasks}` has no list of requests", fix="--requests is for h4 and its parts: --tasks h4"
+            )
+        asked += requests.of(task, Path())
+    count = requests.write(path, asked)
+    out.print(f"{count} requests of {len(asked)} tasks written to {path}", highlight=False, soft_wrap=True)
+
+
+def _measure(
+    model: str, wanted: Sequence[EvaluateConfig], template: str, *, work: Path | None, json: Path | None
+) -> None:
+    from llamero.core.download import resolve_model
+    from llamero.core.results import write_file
+
     directory = resolve_model(model)
     if json is not None and not json.resolve().parent.is_dir():
         raise LlameroError("there is no such directory to write to", where=json.parent)
@@ -80,7 +152,11 @@ def evaluate(
     from llamero.evaluate.run import run as measure
 
     with Bars():
-        found = measure(task, model=directory, name=model, template=template, root=Path())
+        found = [
+            result
+            for task in wanted
+            for result in measure(task, model=directory, name=model, template=template, root=Path(), work=work)
+        ]
     say_results(found)
     if json is not None:
         write_file(json, found)

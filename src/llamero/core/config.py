@@ -36,4 +36,6 @@ def parse(kind: Any, keys: Mapping[str, object]) -> Any:
         if first["type"] == "extra_forbidden":
             raise LlameroError(f"`{place}` is not an option of this") from error
         text = first["msg"].removeprefix("Value error, ")
+        if not place:  # of the whole, not of one key
+            raise LlameroError(text) from error
         raise LlameroError(f"{place}: {text[:1].lower()}{text[1:]} (got {first['input']!r})") from error

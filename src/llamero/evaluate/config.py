@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,10 +11,22 @@ from llamero.core.config import Strict, parse
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.corpus import toy_world
 
+HUB = "hub"
+"""Stands for the files of the hub where a directory of benchmark files is asked for."""
+TODAY = ("openllm", "truthfulqa_mc1", "winogrande", "gsm8k")
+"""What the leaderboard of 2023 did not ask, or not by itself."""
+
 
 class _Task(Strict):
     models: list[str] = ["base", "final", "variants"]
     """Which models: `base`, `final`, `variants` (all quantized ones), a training stage, or one variant."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights while they are measured; quantized ones keep their codes."""
+
+    @property
+    def label(self) -> str:
+        """Return what stages and files are named by."""
+        return str(getattr(self, "tasks", "task"))
 
     @property
     def files(self) -> dict[str, str]:
@@ -35,26 +47,55 @@ class _Task(Strict):
 
 
 class H4Task(_Task):
-    """The Open LLM Leaderboard of 2023 and its parts."""
+    """The Open LLM Leaderboard of 2023 and its parts, or today's group `openllm` of lm-eval."""
 
-    tasks: Literal["h4", "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc"]
-    """`h4` is all four and their mean."""
+    tasks: Literal[
+        "h4", "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc", "openllm", "truthfulqa_mc1", "winogrande", "gsm8k"
+    ]
+    """`h4` is the first four and their mean; `openllm` all of them, by `compat: lm-eval` only, as the last three."""
     data: str
-    """Directory with the benchmark files, relative to the recipe (layout in docs/evaluate.md)."""
-    compat: Literal["leaderboard-2023"] = "leaderboard-2023"
-    """Whose prompts, few-shot draws and averages."""
+    """Directory with the benchmark files, relative to the recipe (layout in docs/evaluate.md), or `hub`: they are
+    fetched from the hub once and kept in its cache."""
+    compat: Literal["leaderboard-2023", "lm-eval"] = "leaderboard-2023"
+    """Whose prompts, few-shot draws, BOS rule and averages: of the published scores, or of lm-eval 0.4.13."""
     limit: int | None = Field(default=None, gt=0)
     """Questions of each task (for MMLU of each subject), after its shuffle."""
-    subjects: int | None = Field(default=None, gt=0)
-    """MMLU subjects to take, the first ones by name; all by default."""
-    truthfulqa: Literal["2021", "later"] = "2021"
-    """Edition of TruthfulQA; the published scores used that of 2021."""
+    subjects: int | list[str] | None = None
+    """MMLU subjects to take: how many, the first ones by name, or their names; all by default."""
+    truthfulqa: Literal["2021", "later"] | None = None
+    """Edition of TruthfulQA; by default that of the protocol: the published scores used that of 2021, hubs serve the
+    later one."""
+    softmax_dtype: Literal["float32", "model"] = "float32"
+    """Dtype of log-probabilities and of their sums; both harnesses compute them in that of the model's weights."""
     _paths = frozenset({"data"})
+
+    @property
+    def label(self) -> str:
+        """Return what stages and files are named by."""
+        return self.tasks if self.compat == "leaderboard-2023" else f"{self.tasks}-{self.compat}"
 
     @property
     def files(self) -> dict[str, str]:
         """Return the benchmark directory."""
-        return {"data": self.data}
+        return {} if self.data == HUB else {"data": self.data}
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the result."""
+        return {**super().decides(), **({"data": HUB} if self.data == HUB else {})}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _today(cls, keys: Any) -> Any:
+        """Let what only lm-eval asks be asked by it without saying so."""
+        return {"compat": "lm-eval", **keys} if isinstance(keys, dict) and keys.get("tasks") in TODAY else keys
+
+    @model_validator(mode="after")
+    def _asked_by_somebody(self) -> Self:
+        if self.tasks in TODAY and self.compat != "lm-eval":
+            raise ValueError(f"`{self.tasks}` is asked by `compat: lm-eval`")
+        if isinstance(self.subjects, int) and self.subjects < 1:
+            raise ValueError("`subjects` takes 1 at least")
+        return self
 
 
 class ToyWorldTask(_Task):
@@ -158,12 +199,13 @@ def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
     """Return the task that a command line describes; an option that the task does not have is refused.
 
     Args:
-        name: Of the task.
+        name: Of the task; `hendrycksTest-SUBJECT` and `mmlu_SUBJECT` are subjects of `mmlu`.
         given: Options that were given.
     """
-    kinds: dict[str, type[_Task]] = {
-        tag: kind for kind in _Task.__subclasses__() for tag in get_args(kind.model_fields["tasks"].annotation)
-    }
+    kinds = _kinds()
+    subject = next((name.removeprefix(prefix) for prefix in ("hendrycksTest-", "mmlu_") if name.startswith(prefix)), "")
+    if subject and "subjects" not in given:
+        name, given = "mmlu", {**given, "subjects": [subject]}
     if name not in kinds:
         raise LlameroError(f"unknown task `{name}`", fix=did_you_mean(name, kinds))
     kind = kinds[name]
@@ -172,3 +214,28 @@ def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
         option = {"data": "--data DIR (layout: docs/evaluate.md)", "prompts": "--prompt TEXT"}
         raise LlameroError(f"`{name}` of what?", fix=f"give {option.get(''.join(missing), '--text FILE')}")
     return parse(kind, {"tasks": name, **given})
+
+
+def several(names: str, given: Mapping[str, object]) -> list[EvaluateConfig]:
+    """Return the tasks that a command line names, with commas between; of several, each takes the options it has.
+
+    Args:
+        names: Of the tasks, each once.
+        given: Options that were given; one that none of the tasks has is refused.
+    """
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if len(wanted) < 2:
+        return [named(wanted[0] if wanted else names, given)]
+    kinds = _kinds()
+    fields = [set(kinds[name].model_fields) if name in kinds else set(H4Task.model_fields) for name in wanted]
+    nobody = [key for key in given if not any(key in mine for mine in fields)]
+    if nobody:
+        raise LlameroError(f"`{nobody[0]}` is not an option of any of {', '.join(wanted)}")
+    return [
+        named(name, {key: value for key, value in given.items() if key in mine})
+        for name, mine in zip(wanted, fields, strict=True)
+    ]
+
+
+def _kinds() -> dict[str, type[_Task]]:
+    return {tag: kind for kind in _Task.__subclasses__() for tag in get_args(kind.model_fields["tasks"].annotation)}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 BENCHMARKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc")
 """The leaderboard's four. Closed: a new benchmark is a task of its own, see evaluate/config.py."""
+TODAY = ("truthfulqa_mc1", *openllm.MORE)
+"""What `openllm` asks beside them."""
 MMLU_PREFIX = {"leaderboard-2023": "hendrycksTest-", "lm-eval": "mmlu_"}
 EDITION: dict[str, TruthfulQaEdition] = {"leaderboard-2023": "2021", "lm-eval": "later"}
 """Of TruthfulQA: that of the published scores, and what hubs serve today."""
@@ -87,13 +89,12 @@ def _expand(root: Path, name: str, rules: Rules) -> list[str]:
     if name == "h4":
         return [part for benchmark in BENCHMARKS for part in _expand(root, benchmark, rules)]
     if name == "openllm" and today:
-        more = ("truthfulqa_mc1", *openllm.MORE)
-        return [part for benchmark in (*BENCHMARKS, *more) for part in _expand(root, benchmark, rules)]
+        return [part for benchmark in (*BENCHMARKS, *TODAY) for part in _expand(root, benchmark, rules)]
     if name == "mmlu":
         return [MMLU_PREFIX[rules.name] + subject for subject in benchmarks.mmlu_subjects(root)]
     if name == "truthfulqa_mc" and today:
         return ["truthfulqa_mc2"]
-    single = [*BENCHMARKS, *(("truthfulqa_mc1", "truthfulqa_mc2", *openllm.MORE) if today else ())]
+    single = [*BENCHMARKS, *(("truthfulqa_mc2", *TODAY) if today else ())]
     if name in single:
         return [name]
     has_mmlu = (root / "mmlu").is_dir()

@@ -1,19 +1,17 @@
 """evaluate: a model directory and a task in, results out."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.core.results import Result
-from llamero.corpus import benchmarks, toy_world
+from llamero.corpus import toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import h4, tally, wikitext
+from llamero.evaluate import ask, wikitext
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
@@ -22,7 +20,7 @@ from llamero.evaluate.config import (
     ToyWorldTask,
     WikitextTask,
 )
-from llamero.evaluate.questions import Request
+from llamero.evaluate.subject import Subject, standard_error
 from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
 from llamero.infer.context import check_tokenizer
@@ -30,39 +28,8 @@ from llamero.infer.engine import OwnEngine
 from llamero.infer.sampler import Sampling
 from llamero.infer.score import KL_PROTOCOL
 from llamero.infer.texts import Text
-from llamero.model.llama import Llama
 from llamero.model.load import load_model
-from llamero.text.tokenizer import Tokenizer, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is measured."""
-
-    name: str
-    engine: OwnEngine
-    tokenizer: Tokenizer
-    template: str
-    root: Path
-    """Directory that a task's paths start from."""
-    reference: Path | None
-    """The unquantized model, where this is a variant of one."""
-    mixtures: Mapping[str, Path]
-    """Tokenized mixtures of the recipe."""
-    work: Path | None = None
-    """Directory for files of the measurement: a run that was cut off finds there what it had, and goes on."""
-
-    @property
-    def model(self) -> Llama:
-        """Return the model itself, for what no other engine can be asked."""
-        return self.engine.model
-
-    def result(
-        self, task: str, metrics: dict[str, float], protocol: str, *, notes: Sequence[str] = (), **inputs: Any
-    ) -> Result:
-        """Return a measurement of this model."""
-        common = {"dtype": self.engine.describe()["dtype"], "tokenizer": self.tokenizer.digest}
-        return Result(task, self.name, metrics, protocol, {**common, **inputs}, tuple(notes))
+from llamero.text.tokenizer import load_tokenizer
 
 
 def run(
@@ -88,7 +55,7 @@ def run(
         mixtures: Tokenized mixtures by name, for tasks that read their validation documents.
         work: Directory for files of the measurement: a run that was cut off finds there what it had, and goes on.
     """
-    loaded = load_model(model, dtype=torch.float32)
+    loaded = load_model(model, dtype=getattr(torch, task.dtype))
     tokenizer = load_tokenizer(model)
     check_tokenizer(loaded, tokenizer, where=model)
     subject = Subject(name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {}, work)
@@ -107,14 +74,10 @@ def _toy_world(task: ToyWorldTask, subject: Subject) -> list[Result]:
     items = [choices.Item(q.options, q.answer, q.category) for q in questions]
     per_question = [scored[i * 4 : i * 4 + 4] for i in range(len(questions))]
     measured = choices.accuracy(items, per_question)
-    metrics = {"accuracy": measured.acc.value, **_error("accuracy", measured.acc.standard_error)}
+    metrics = {"accuracy": measured.acc.value, **standard_error("accuracy", measured.acc.standard_error)}
     metrics |= {f"accuracy/{category}": mean.value for category, mean in measured.by_category.items()}
     protocol = f"{len(questions)} held-out questions, summed log-likelihood of 4 answers, template {subject.template}"
     return [subject.result("toy_world", metrics, protocol, seed=task.seed)]
-
-
-def _error(metric: str, value: float | None) -> dict[str, float]:
-    return {} if value is None else {f"{metric}_stderr": value}
 
 
 def _perplexity(task: PerplexityTask, subject: Subject) -> list[Result]:
@@ -178,67 +141,11 @@ def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
     return [replace(result, samples=tuple(said))]
 
 
-def _h4(task: H4Task, subject: Subject) -> list[Result]:
-    directory = subject.root / task.data
-    asked = h4.tasks(directory, _names(task, directory), limit=task.limit, truthfulqa_edition=task.truthfulqa)
-    scored: list[tally.Scores] = []
-    truncated: Counter[str] = Counter()
-    for one in progress.track(asked, f"evaluate {subject.name}", unit="tasks"):
-        requests = [encode(subject.tokenizer, request) for request in one.requests]
-        answers = subject.engine.score(requests, max_length=subject.model.config.max_position_embeddings)
-        truncated[one.benchmark] += sum(answer.truncated > 0 for answer in answers)
-        scored.append(tally.scores(one, [answer.log_likelihood for answer in answers]))
-    return _h4_results(task, subject, tally.summary(asked, scored), truncated)
-
-
-def _h4_results(task: H4Task, subject: Subject, summary: tally.Summary, truncated: Mapping[str, int]) -> list[Result]:
-    results: list[Result] = []
-    for name, part in summary["benchmarks"].items():
-        metrics = {part["metric"]: part["value"], **_error(part["metric"], part["standard_error"])}
-        metrics["questions"] = part["n"]
-        protocol = f"{part['shots']}-shot {part['metric']}, {summary['rules']}"
-        about = {"pool": part["pool"], "edition": part["edition"], "subjects": part["subjects"]}
-        notes = [text for text in summary["departures"] if text.startswith(f"{name}:")]
-        if truncated[name]:
-            notes.append(f"{name}: {truncated[name]} requests were longer than the context and lost their beginning")
-        stated = {key: value for key, value in about.items() if value}
-        results.append(subject.result(name, metrics, protocol, notes=notes, limit=task.limit, **stated))
-    if summary["average"] is not None:
-        metrics = {"average": summary["average"] / 100}
-        results.append(subject.result("h4", metrics, f"mean of the four, {summary['rules']}", limit=task.limit))
-    return results
-
-
-def _names(task: H4Task, directory: Path) -> list[str]:
-    """Return the tasks to ask for; a limit on MMLU subjects takes the first by name."""
-    if task.subjects is None or task.tasks not in ("h4", "mmlu"):
-        return [task.tasks]
-    subjects = [
-        h4.MMLU_PREFIX[task.compat] + subject for subject in benchmarks.mmlu_subjects(directory)[: task.subjects]
-    ]
-    return subjects if task.tasks == "mmlu" else ["arc_challenge", "hellaswag", *subjects, "truthfulqa_mc"]
-
-
-def encode(tokenizer: Tokenizer, request: Request) -> tuple[list[int], list[int]]:
-    """Return context and continuation ids as the old harness cuts them: no special tokens, spaces go to the right.
-
-    An empty context is the end-of-text token.
-    """
-    context, continuation = request.context, request.continuation
-    bare = context.rstrip()
-    continuation = context[len(bare) :] + continuation
-    whole = tokenizer.encode(bare + continuation)
-    if not bare:
-        return ([tokenizer.eos_id] if tokenizer.eos_id is not None else []), whole
-    length = len(tokenizer.encode(bare))
-    return whole[:length], whole[length:]
-
-
 TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     ToyWorldTask: _toy_world,
     PerplexityTask: _perplexity,
     WikitextTask: _wikitext,
-    H4Task: _h4,
+    H4Task: ask.run,
     SamplesTask: _samples,
 }
 """Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""

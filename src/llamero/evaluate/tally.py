@@ -73,9 +73,30 @@ def scores(task: Task, log_likelihoods: Sequence[float]) -> Scores:
     start = 0
     for number, document in enumerate(task.documents):
         stop = start + len(document.choices)
-        rows.append(_measure(task, document, log_likelihoods[start:stop], f"{task.name}, document {number}"))
+        rows.append(measured(task, number, log_likelihoods[start:stop]))
         start = stop
     return tallied(task, rows)
+
+
+def measured(task: Task, number: int, log_likelihoods: Sequence[float]) -> dict[str, float]:
+    """Return the metrics of one document.
+
+    Args:
+        task: That it is of.
+        number: Its index there.
+        log_likelihoods: Of its choices.
+
+    Raises:
+        LlameroError: They are no probabilities; `where` names the document.
+    """
+    document = task.documents[number]
+    try:
+        if document.mc2_labels:
+            return _truthful(document, log_likelihoods, task.rules)
+        found = choices.verdict(choices.Item(document.choices, document.answer), log_likelihoods)
+    except LlameroError as error:
+        raise LlameroError(error.problem, where=f"{task.name}, document {number}", fix=error.fix) from error
+    return {"mc1": found.acc} if task.metric == "mc1" else {"acc": found.acc, "acc_norm": found.acc_norm}
 
 
 def tallied(task: Task, rows: list[dict[str, float]]) -> Scores:
@@ -103,16 +124,6 @@ def summary(asked: Sequence[Task], scored: Sequence[Scores]) -> Summary:
         "benchmarks": found,
         "departures": [text for name, part in parts.items() for text in _departures(name, [task for task, _ in part])],
     }
-
-
-def _measure(task: Task, document: Document, log_likelihoods: Sequence[float], where: str) -> dict[str, float]:
-    try:
-        if document.mc2_labels:
-            return _truthful(document, log_likelihoods, task.rules)
-        found = choices.verdict(choices.Item(document.choices, document.answer), log_likelihoods)
-    except LlameroError as error:
-        raise LlameroError(error.problem, where=where, fix=error.fix) from error
-    return {"mc1": found.acc} if task.metric == "mc1" else {"acc": found.acc, "acc_norm": found.acc_norm}
 
 
 def _truthful(document: Document, log_likelihoods: Sequence[float], rules: Rules) -> dict[str, float]:

@@ -56,6 +56,9 @@ PRINTED: dict[str, Task] = {
     "hellaswag": Task("HellaSwag", "hellaswag", (Metric("acc_norm", "HellaSwag"),)),
     "mmlu": Task("MMLU", "cais/mmlu", (Metric("acc", "MMLU"),)),
     "truthfulqa_mc": Task("TruthfulQA", "truthful_qa", (Metric("mc2", "TruthfulQA"),)),
+    "truthfulqa_mc1": Task("TruthfulQA mc1", "truthful_qa", (Metric("mc1", "TruthfulQA mc1"),)),
+    "winogrande": Task("WinoGrande", "winogrande", (Metric("acc", "WinoGrande"),)),
+    "gsm8k": Task("GSM8K", "gsm8k", (Metric("exact_match", "GSM8K"),)),
     "toy_world": Task("Toy world", "toy_world", (Metric("accuracy", "Toy world"),)),
     PERPLEXITY: Task("Perplexity", None, (Metric("perplexity", "Perplexity", ".3f", percent=False),)),
     "wikitext": Task(
@@ -70,7 +73,7 @@ PRINTED: dict[str, Task] = {
 }
 """The main numbers of every task, in the order of columns. A new task (evaluate/config.py) needs a line here."""
 
-_OF_THE_MODEL = {"model", "tokenizer"}
+_OF_THE_MODEL = {"model", "tokenizer", "measured"}
 """Inputs that differ from model to model and leave their numbers comparable."""
 _IN_THE_TITLE = {"text"}
 

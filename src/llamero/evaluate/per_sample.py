@@ -1,0 +1,125 @@
+"""What a model said to every request, one JSON line each, so that two runs can be compared and a killed one goes on.
+
+A line of its own opens what one task configuration writes: `about`, with everything that moves scores. Then, in the
+order they were asked, one line per request:
+
+    task, doc, choice     which request
+    prompt                SHA-256 (16 digits) of the ids of the context as the model saw them
+    context_tokens        how many those are
+    tokens                ids of the continuation, or of the answer that was written
+    log_likelihood        of the continuation, in nats (none for an answer that was written)
+    greedy                whether each of its tokens is the likeliest
+    text                  the answer that was written (only there)
+    truncated             tokens that the context lost on its left
+    scores                of the document that it belongs to
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llamero.core.errors import LlameroError
+from llamero.core.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+ABOUT = "about"
+FILE = "samples.jsonl"
+
+
+class Key(NamedTuple):
+    """Which request of which task."""
+
+    task: str
+    doc: int
+    choice: int
+
+
+def prompt_digest(ids: Sequence[int]) -> str:
+    """Return what names a prompt, as the model saw it."""
+    return hashlib.sha256(array("q", ids).tobytes()).hexdigest()[:16]
+
+
+class SampleFile:
+    """The samples of a run, some of which may be there already.
+
+    Args:
+        path: The file; it need not be there. `None` keeps nothing.
+        writes: Whether this process does; of several one does, and all read.
+    """
+
+    def __init__(self, path: Path | None, *, writes: bool = True) -> None:
+        self._journal = None if path is None else Journal(path)
+        self._writes = writes
+        self._there = {} if self._journal is None else {key_of(row): row for row in rows_of(self._journal.records)}
+
+    def begin(self, label: str, about: Mapping[str, Any]) -> None:
+        """Say what the samples to come were made with.
+
+        Args:
+            label: Of the task configuration.
+            about: Everything that moves its scores.
+
+        Raises:
+            LlameroError: The file holds samples of the same task that were made with something else.
+        """
+        if self._journal is None:
+            return
+        said = json.loads(json.dumps({ABOUT: label, **about}))
+        for record in self._journal.records:
+            if record.get(ABOUT) == label:
+                _refuse_other(record, said, self._journal.path)
+                return
+        if self._writes:
+            self._journal.append(said)
+
+    def known(self, keys: Iterable[Key]) -> list[dict[str, Any]] | None:
+        """Return the lines of some requests if all of them are there, else nothing."""
+        found = [self._there.get(key) for key in keys]
+        return [row for row in found if row is not None] if None not in found else None
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write the lines of some requests; those that are there stay as they are."""
+        for row in rows:
+            key = key_of(row)
+            if key in self._there:
+                continue
+            self._there[key] = row
+            if self._journal is not None and self._writes:
+                self._journal.append(row)
+
+
+def rows_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines that hold samples."""
+    return [record for record in records if ABOUT not in record]
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """Return which request a line is of.
+
+    Raises:
+        LlameroError: The line is none of a sample file.
+    """
+    try:
+        return Key(str(row["task"]), int(row["doc"]), int(row["choice"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise LlameroError(
+            f"a line is no sample: it has {', '.join(map(str, row)) or 'nothing'}",
+            fix="give a file that `llamero evaluate --samples FILE` wrote",
+        ) from error
+
+
+def _refuse_other(there: Mapping[str, Any], said: Mapping[str, Any], path: Path) -> None:
+    other = [key for key in {**there, **said} if there.get(key) != said.get(key)]
+    if other:
+        key = other[0]
+        raise LlameroError(
+            f"it holds samples made with another `{key}` ({there.get(key)!r}, now {said.get(key)!r})",
+            where=path,
+            fix="give another file, or remove this one",
+        )
