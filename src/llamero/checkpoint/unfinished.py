@@ -31,38 +31,40 @@ class UnfinishedFile:
             place = self._beside if self._beside.exists() else path
             if not place.exists():
                 raise LlameroError("what was begun there is gone", where=place, fix=f"remove {path.parent}")
-            self._file = place.open("r+b")
-            if self._file.read(len(beginning)) != beginning:
-                self._file.close()
+            with place.open("rb") as file:
+                same = file.read(len(beginning)) == beginning
+            if not same:
                 raise LlameroError(
                     "what was begun there is not what is made now", where=place, fix=f"remove {path.parent}"
                 )
+            self._file = place.open("r+b", buffering=0)
             return
-        self._file = self._beside.open("wb")
+        self._file = self._beside.open("wb", buffering=0)  # of several processes none writes more than its tensors
         self._beside.chmod(0o644)  # whatever the umask: a release is for everybody to read
-        self._file.write(beginning)
+        self._write(0, memoryview(beginning))
         if length is not None:
             self._file.truncate(length)
-        self._file.flush()
 
     def write(self, offset: int, tensor: Tensor) -> None:
         """Write the bytes of a tensor."""
         data = tensor.detach().cpu().contiguous()
         if data.numel():
             self._dirty = True
-            self._file.seek(offset)
-            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+            self._write(offset, data.view(-1).view(torch.uint8).numpy().data)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):  # one call writes at most 2 GiB
+            done += os.pwrite(self._file.fileno(), data[done:], offset + done)
 
     def sync(self) -> None:
         """Force what was written to disk."""
         if self._dirty:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._dirty = False
 
     def finish(self) -> None:
         """Give the whole file its name."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         if self._beside.exists():
@@ -117,6 +119,11 @@ class UnfinishedFiles:
         file.write(offset, tensor)
         self._unsynced.append(name)
         del self.missing[name]
+
+    def note(self, names: Iterable[str]) -> None:
+        """Wait no longer for tensors that another process has written and synced."""
+        for name in names:
+            self.missing.pop(name, None)
 
     def refuse_unknown(self, name: str) -> None:
         """Refuse a tensor that nobody waits for."""

@@ -26,6 +26,8 @@ from llamero.parallel.mesh import device_mesh
 log = logging.getLogger(__name__)
 PATIENCE = 60.0
 """Seconds that are left to others to find by themselves that a process has ended."""
+AT_ONCE = 1 << 23
+"""Numbers that are summed over processes at a time."""
 T = TypeVar("T")
 
 
@@ -34,12 +36,13 @@ class World:
 
     Args:
         parallel: Their layout.
+        longest: Seconds that a process which lives may keep the others waiting; without it `parallel.timeout`.
 
     Raises:
         LlameroError: If there are not as many processes as the layout has devices.
     """
 
-    def __init__(self, parallel: ParallelConfig) -> None:
+    def __init__(self, parallel: ParallelConfig, *, longest: int | None = None) -> None:
         self.parallel = parallel
         self.device = device(parallel)
         self.rank, self.size = environment.rank(), environment.size()
@@ -47,9 +50,15 @@ class World:
         if self.device.type == "cuda":  # events, pinned copies and NCCL go by the current device
             torch.cuda.set_device(self.device.index or 0)
         self.mesh: DeviceMesh | None = None
+        self._group: dist.ProcessGroup | None = None
+        """Whose members wait for each other, where not all those of the run as it began."""
         if self.size > 1:
             _join(parallel, self.device)
             self.mesh = device_mesh(parallel, self.device.type)
+            if longest is not None:
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * longest))
+            assert _watch is not None
+            _watch.longest = parallel.timeout if longest is None else longest
 
     def along(self, axis: str) -> int:
         """Return this process's place on an axis of the mesh."""
@@ -71,7 +80,7 @@ class World:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         with _meeting():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self._group)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -84,12 +93,44 @@ class World:
             return [value]
         said: list[T | None] = [None] * self.size
         with _meeting():
-            dist.all_gather_object(said, value)
+            dist.all_gather_object(said, value, group=self._group)
         return said  # type: ignore[return-value]
 
     def told(self, value: T) -> T:
         """Return the first process's value."""
         return self.gather(value if self.speaks else None)[0]  # type: ignore[return-value]
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Replace the numbers of each tensor, of one shape on all, by their sums over all processes."""
+        self._reduce(tensors, dist.ReduceOp.SUM)
+
+    def take_largest(self, *tensors: Tensor) -> None:
+        """Replace the numbers of each tensor, of one shape on all, by the largest of any process."""
+        self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensors: Sequence[Tensor], how: dist.ReduceOp.RedOpType) -> None:
+        if self.size == 1:
+            return
+        for part in (part for tensor in tensors for part in tensor.view(-1).split(AT_ONCE)):
+            with _meeting():
+                dist.all_reduce(part, how, group=None if part.is_cuda else self._group)
+
+    def send(self, tensor: Tensor, *, source: int) -> None:
+        """Replace the numbers of a tensor, of one shape and dtype on all, by those that one process has."""
+        if self.size > 1:
+            with _meeting():
+                dist.broadcast(tensor, source, group=None if tensor.is_cuda else self._group)
+
+    def claims(self, count: int) -> Iterator[int]:
+        """Yield the numbers below `count`, each on one process only: on whichever asks for the next first.
+
+        All processes call this as often as each other, and ask until there are no more.
+        """
+        if self.size == 1:
+            return iter(range(count))
+        global _shared_out
+        _shared_out += 1
+        return _claimed(f"{_shared_out}", count)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -165,9 +206,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _claimed(name: str, count: int) -> Iterator[int]:
+    assert _claims is not None
+    while (number := _claims.add(name, 1) - 1) < count:
+        yield number
+
+
 def _join(parallel: ParallelConfig, where: torch.device) -> None:
     """Meet the other processes, once in a run."""
-    global _watch
+    global _watch, _claims
     if dist.is_initialized():
         return
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=parallel.timeout)))
@@ -175,6 +222,7 @@ def _join(parallel: ParallelConfig, where: torch.device) -> None:
     timeout = timedelta(seconds=2 * parallel.timeout)  # the watch speaks first
     meeting = PrefixStore("group", store)
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
+    _claims = PrefixStore("claims", store)
     _watch = _Watch(PrefixStore("watch", store), rank, size, parallel.timeout)
     _watch.start()
     atexit.register(_watch.leave)
@@ -190,6 +238,8 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self.step = self.meetings = 0
         self.waiting_since: float | None = None
+        self.longest = timeout
+        """Seconds that a process which lives may keep the others waiting."""
         self.needs_all = False
         """Whether this process is in the midst of what all of them do together."""
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
@@ -250,7 +300,7 @@ class _Watch(threading.Thread):
         elif now - since > self._timeout:
             self._end(other, f"has been silent for {now - since:.0f} s, since step {said.split()[2]}")
         waiting = self.waiting_since
-        if waiting is not None and now - waiting > self._timeout and said not in ("", "left"):
+        if waiting is not None and now - waiting > self.longest and said not in ("", "left"):
             _, meetings, step = said.split()
             if int(meetings) < self.meetings:
                 self._end(other, f"keeps the others waiting for {now - waiting:.0f} s, at step {step}")
@@ -262,6 +312,9 @@ class _Watch(threading.Thread):
 
 
 _watch: _Watch | None = None
+_claims: Store | None = None
+_shared_out = 0
+"""How often work was shared out."""
 
 
 @contextmanager

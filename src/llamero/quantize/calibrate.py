@@ -2,12 +2,15 @@
 
 One decoder layer is in memory at a time. Sequences go through it in groups whose make-up depends on nothing but the
 sequences; groups run side by side, each in a thread that computes alone, and what they find is summed exactly
-(`statistics`). So the same model, text and dtype give the same bytes, whatever the number of threads.
+(`statistics`). So the same model, text and dtype give the same bytes, whatever the number of threads, and of processes:
+these have groups of their own, and add up what they find.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
@@ -25,7 +28,9 @@ from llamero.model.device import one_thread
 from llamero.model.layered import Layered
 from llamero.model.llama import Block, RMSNorm
 from llamero.model.load import empty_model, load_block
-from llamero.quantize.statistics import INPUTS, Channels, Statistics, Sums, units
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.world import World
+from llamero.quantize.statistics import INPUTS, Channels, Statistics, Sums, Units, units
 from llamero.quantize.waiting import KeptWaiting, Waiting
 
 GROUP_TOKENS = 2048
@@ -77,7 +82,7 @@ class Walk:
         config: Its shape.
         tokens: Sequences; they do not see each other.
         dtype: To compute in: float32 or bfloat16.
-        device: Where to compute.
+        world: The processes that share the work; all of them walk. Without it this one is alone, on the CPU.
         streams: Names of the activations to follow. Each layer is seen once for each of them; all but `UNQUANTIZED`
             flow on through the `weights` that whoever iterates puts into a layer.
         waiting: Makes what holds the activations of a stream, of its name, the tokens of each group, their width and
@@ -91,17 +96,20 @@ class Walk:
         tokens: Sequence[Int[Tensor, " time"]],
         *,
         dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
+        world: World | None = None,
         streams: Sequence[str] = (UNQUANTIZED,),
         waiting: Callable[[str, list[int], int, torch.dtype], Waiting | KeptWaiting] = Waiting,
     ) -> None:
         check_tokens(tokens, config)
         self.heads: dict[str, Channels] = {}
         """What flowed into the head, by the names of the streams."""
-        self._config, self._tokens, self.device = config, tokens, torch.device(device)
+        self._world = alone() if world is None else world
+        self._config, self._tokens = config, tokens
+        self.device = device = self._world.device
         self._model = Layered(directory, dtype=dtype, device=device)  # anything missing is said before the work begins
         self._tensors = hf.open_tensors(directory)
         self._groups = _groups(config, tokens, self.device)
+        self._mine = range(self._world.rank, len(self._groups), self._world.size)
         lengths = [sum(group.layout.lengths) for group in self._groups]
         self._streams = {name: waiting(name, lengths, config.hidden_size, dtype) for name in streams}
 
@@ -132,20 +140,28 @@ class Walk:
                 del layer  # before the next one is read, not after
                 if name != UNQUANTIZED:
                     self._flow_on(number, waiting, weights)
-                waiting.turn()
+                self._turn(waiting)
         for name, waiting in self._streams.items():
             self.heads[name] = self._end(waiting)
 
     def _embed(self) -> None:
-        with self._model.embedding() as lookup, torch.no_grad():
-            for waiting in self._streams.values():
-                if waiting.layer is not None:
-                    continue
-                for number, group in enumerate(self._groups):
+        begun = [waiting for waiting in self._streams.values() if waiting.layer is None]
+        with self._world.together(), self._model.embedding() as lookup, torch.no_grad():
+            for waiting in begun:
+                for number in self._mine:
+                    group = self._groups[number]
                     stop = group.start + len(group.layout.lengths)
                     ids = torch.cat([ids.long() for ids in self._tokens[group.start : stop]])
                     waiting[number] = lookup.model.embed_tokens(ids.to(self.device)).to("cpu", self._model.dtype)
-                waiting.turn()
+        for waiting in begun:
+            self._turn(waiting)
+
+    def _turn(self, waiting: Waiting | KeptWaiting) -> None:
+        """Go on to the next layer; what comes before this one may be written over only when that is noted."""
+        with self._world.together():
+            waiting.sync()
+        with self._world.together():
+            waiting.turn()
 
     def _observe(self, number: int, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> dict[str, Statistics]:
         """Send everything through a layer and return what flowed into its linear layers.
@@ -155,13 +171,34 @@ class Walk:
             waiting: The activations before it.
             flows_on: Whether they become those after it.
         """
-        with self._model.layer(number) as block, ExitStack() as hooks:
-            recorders = {name: _Recorder(f"model.layers.{number}.{name}", len(self._groups)) for name in INPUTS}
+        recorders = {name: self._recorder(f"model.layers.{number}.{name}") for name in INPUTS}
+        with self._summed(*recorders.values()), self._model.layer(number) as block, ExitStack() as hooks:
             for name, recorder in recorders.items():
                 hook = block.get_submodule(name).register_forward_pre_hook(recorder.hook)
                 hooks.callback(hook.remove)
             self._run(block, waiting, flows_on=flows_on)
         return {name: recorder.sums.statistics(recorder.where) for name, recorder in recorders.items()}
+
+    def _recorder(self, where: str, *, products: bool = True) -> _Recorder:
+        return _Recorder(where, len(self._groups), self._world, products=products)
+
+    @contextmanager
+    def _summed(self, *recorders: _Recorder) -> Iterator[None]:
+        """Let the recorders of all processes have the sums of all of them, when each has recorded what is its own.
+
+        They agree on units on the way: they meet as often as each other, whatever goes wrong on one of them.
+        """
+        with self._world.together():
+            try:
+                yield
+            except Exception:
+                for recorder in recorders:
+                    recorder.meet()
+                raise
+            for recorder in recorders:
+                recorder.meet()
+        for recorder in recorders:
+            recorder.sums.add_up(self._world)
 
     def _flow_on(self, number: int, waiting: Waiting | KeptWaiting, weights: dict[str, Callable[[], Tensor]]) -> None:
         if not weights:
@@ -170,7 +207,8 @@ class Walk:
             for name, make in weights.items():
                 block.get_parameter(name).data.copy_(make())
             weights.clear()
-            self._run(block, waiting, flows_on=True)
+            with self._world.together():
+                self._run(block, waiting, flows_on=True)
 
     def _run(self, block: Block, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> None:
         @torch.no_grad()
@@ -186,18 +224,21 @@ class Walk:
         """Return what flows into the head."""
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         norm.weight.data = self._tensors["model.norm.weight"].to(self.device, self._model.dtype)
-        recorder = _Recorder("lm_head", len(self._groups), products=False)
+        recorder = self._recorder("lm_head", products=False)
 
         @torch.no_grad()
         def one(number: int) -> None:
             _current.group = self._groups[number]
             recorder.record(norm(waiting[number].to(self.device)))
 
-        self._for_all(one)
+        with self._summed(recorder):
+            self._for_all(one)
         return recorder.sums.channels(recorder.where)
 
     def _for_all(self, one: Callable[[int], None]) -> None:
-        """Call a function for every group, for the first before the others."""
+        """Call a function for every group of this process, for the first of them before the others."""
+        if not self._mine:
+            return
         threads = 1
         if self.device.type == "cpu":
             room = PASS_BYTES - resting(self._config, self._model.dtype.itemsize)
@@ -205,9 +246,9 @@ class Walk:
             a_group = passing(self._config, a_group, self._model.dtype.itemsize)
             threads = min(torch.get_num_threads(), max(1, room // a_group))
         with one_thread():
-            one(0)
+            one(self._mine[0])
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                done = [pool.submit(one, number) for number in range(1, len(self._groups))]
+                done = [pool.submit(one, number) for number in self._mine[1:]]
                 try:
                     for each in done:
                         each.result()
@@ -221,11 +262,12 @@ _current = local()
 
 
 class _Recorder:
-    """Sums over the inputs of one linear layer, in the units that the first group gives."""
+    """Sums over the inputs of one linear layer, in the units that the first group gives: one of the first process."""
 
-    def __init__(self, where: str, groups: int, *, products: bool = True) -> None:
-        self.where, self._groups, self._products = where, groups, products
+    def __init__(self, where: str, groups: int, world: World, *, products: bool) -> None:
+        self.where, self._groups, self._world, self._products = where, groups, world, products
         self._sums: Sums | None = None
+        self._met = False
 
     @property
     def sums(self) -> Sums:
@@ -249,9 +291,25 @@ class _Recorder:
                 where=self.where,
                 fix="see whether the model itself works; its weights may be broken",
             )
+        if not self._met:
+            self.meet(units(x, self._groups).on("cpu"))
         if self._sums is None:
-            self._sums = Sums(units(x, self._groups), products=self._products)
+            raise LlameroError("the first process has not seen its inputs", where=self.where)
         self._sums.add(x)
+
+    def meet(self, own: Units | None = None) -> None:
+        """Take the units of the first process, once; where there are none, it has to say why."""
+        if self._met:
+            return
+        self._met = True
+        found = self._world.told(own)
+        if found is not None:
+            self._sums = Sums(found.on(self._world.device), products=self._products)
+
+
+def alone() -> World:
+    """Return a process that is alone and computes on the CPU."""
+    return World(ParallelConfig(device="cpu"))
 
 
 def _groups(config: LlamaConfig, tokens: Sequence[Int[Tensor, " time"]], device: torch.device) -> list[Group]:

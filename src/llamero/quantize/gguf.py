@@ -1,6 +1,6 @@
 """A GGUF file in the making: layers come as they are solved, everything else is rounded here."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -92,6 +92,10 @@ class GgufVariantWriter:
     def sync(self) -> list[str]:
         """Force to disk what was written since the last time, and return the names of these tensors."""
         return self._file.sync()
+
+    def note(self, names: Iterable[str]) -> None:
+        """Wait no longer for what another process has written: tensors that its `sync` named."""
+        self._file.note(names)
 
     def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights and return the size of the weights in bytes.

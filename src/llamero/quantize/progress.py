@@ -2,6 +2,8 @@
 
 A journal tells it: one line for everything that has been forced to disk, each with its checksum, appended and forced
 to disk in turn. A line that a kill cut off is the end of the journal. The activations between two layers are beside it.
+Of several processes each has a journal of its own, and hears at every layer what the others have noted; the first one
+puts all that is left of them into its own when it begins.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llamero.core import files
+from llamero.parallel.world import World
 from llamero.quantize import calibrate
 from llamero.quantize.config import AFTERWARDS, QuantizeConfig
 from llamero.quantize.waiting import KeptWaiting
@@ -105,27 +108,55 @@ class Progress:
     Args:
         path: Directory for it. What it holds of a run that was decided otherwise is removed.
         decides: What decides the run, see `decided`.
+        rank: Which of several processes this one is; the first has to have begun before the others do.
 
     Raises:
         LlameroError: There is no room for it.
     """
 
-    def __init__(self, path: Path, decides: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, decides: Mapping[str, Any], *, rank: int = 0) -> None:
+        self.path, self._rank = path, rank
         self._commits: dict[str, dict[tuple[int | None, str], Commit]] = {}
         self._turned: dict[str, int] = {}
+        self._news: list[dict[str, Any]] = []
+        """What the other processes have not heard yet."""
         said = json.loads(json.dumps({"decides": decides}))
         with files.disk_errors_named(path):
             path.mkdir(parents=True, exist_ok=True)
             lines, length = _read(path / "journal.jsonl")
-            if lines[:1] != [said]:
-                _empty(path)
-                lines, length = [], 0
-            self._journal = _open(path / "journal.jsonl", length)
-            if not lines:
-                self._say(said)
+            if rank:
+                self._journal = _open(path / f"journal-{rank}.jsonl", 0)
+            else:
+                if lines[:1] != [said]:
+                    _empty(path)
+                    lines, length = [], 0
+                self._journal = _open(path / "journal.jsonl", length)
+                if not lines:
+                    self._say(said)
+                lines += self._gather()
         for line in lines:
             self._take(line)
+
+    def _gather(self) -> list[dict[str, Any]]:
+        """Put into this journal what those of the others have, and remove them; return it."""
+        found: list[dict[str, Any]] = []
+        for path in sorted(self.path.glob("journal-*.jsonl")):
+            lines, _ = _read(path)
+            for line in lines:
+                self._say(line)
+            found += lines
+            path.unlink()
+        return found
+
+    def exchange(self, world: World) -> dict[str, list[str]]:
+        """Hear what the other processes have noted; return the tensors that they have written, by variant."""
+        news, self._news = self._news, []
+        written: dict[str, list[str]] = {}
+        for rank, lines in enumerate(world.gather(news)):
+            for line in lines if rank != world.rank else []:
+                self._take(line)
+                written.setdefault(line["variant"], []).extend(line["tensors"])
+        return written
 
     def written(self, variant: str) -> set[str] | None:
         """Return the names of the tensors that a variant's files have; `None`: they were never begun."""
@@ -146,7 +177,9 @@ class Progress:
 
     def commit(self, variant: str, commit: Commit) -> None:
         """Note what is on disk."""
-        self._tell({"variant": variant, **vars(commit)})
+        line = {"variant": variant, **vars(commit)}
+        self._tell(line)
+        self._news.append(line)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep small tensors beside the journal, before what needs them is noted."""
@@ -158,7 +191,8 @@ class Progress:
         return load_file(path) if path.exists() else {}
 
     def _turn(self, stream: str, layer: int) -> None:
-        self._tell({"stream": stream, "layer": layer})
+        if self._rank == 0:
+            self._tell({"stream": stream, "layer": layer})
 
     def waiting(self, needed: Mapping[str, int]) -> Callable[[str, list[int], int, torch.dtype], KeptWaiting]:
         """Return what makes the activations of each stream, those of an earlier run where they serve.

@@ -20,8 +20,9 @@ from llamero.core import artifact
 from llamero.core.artifact import Identity
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
-from llamero.model.llama import Llama
+from llamero.model.llama import Block, Llama
 from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
+from llamero.parallel.world import World
 from llamero.quantize import calibrate, importance, kept, sensitivity, streams
 from llamero.quantize.calibrate import Layer
 from llamero.quantize.config import QuantizeConfig
@@ -32,6 +33,7 @@ from llamero.quantize.progress import END, REST, Commit, Progress, decided
 from llamero.quantize.sensitivity import Sensitivity
 from llamero.quantize.statistics import INPUTS, Channels
 from llamero.quantize.streams import Stream
+from llamero.quantize.tasks import WHOLE, Task, tasks
 from llamero.quantize.variants import Layout, Variant, refuse_misfits
 from llamero.quantize.write import VariantWriter, Writer, widths
 
@@ -44,10 +46,6 @@ WRITERS: dict[Layout, Callable[..., Writer]] = {
     "bitsandbytes": VariantWriter,
 }
 """What writes each layout; arguments are those of `VariantWriter`."""
-
-
-WHOLE = "layer"
-"""All linear layers of a decoder layer, as a part of it that is solved at once."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,15 @@ class _Work:
 
     def first(self, layers: int) -> int:
         """Return the first decoder layer of which something is missing, or how many there are."""
-        missing = (n for n in range(layers) if not all(self.done(n, part) for part in (*self._parts, REST)))
-        return next(missing, layers)
+        return next((number for number in range(layers) if not self.finished(number)), layers)
+
+    def finished(self, layer: int) -> bool:
+        """Return whether nothing of a decoder layer is missing."""
+        return all(self.done(layer, part) for part in (*self._parts, REST))
+
+    def lacks(self, layer: int, part: str) -> bool:
+        """Return whether a part of a decoder layer, in the way in which the method parts it, is not on disk."""
+        return part in self._parts and not self.done(layer, part)
 
     def done(self, layer: int | None, part: str) -> bool:
         """Return whether a part of a decoder layer is on disk, or something outside of them."""
@@ -194,63 +199,57 @@ def run(
     model: Path,
     out: Callable[[Variant], Path],
     tokens: Sequence[Int[Tensor, " time"]],
-    device: str | torch.device = "cpu",
+    world: World | None = None,
     shard_bytes: int | None = None,
     keep_in: Path | None = None,
     progress: Path | None = None,
 ) -> list[VariantReport]:
     """Write every variant of a model and return what became of each.
 
-    One decoder layer is in memory at a time. The same model, config and tokens give the same bytes.
+    One decoder layer is in memory at a time. The same model, config and tokens give the same bytes, on however many
+    processes. These share the text, the solving and the writing; all of them call this with the same arguments, and
+    see the same directories.
 
     Args:
         config: Variants and how to find them.
         model: Directory of the unquantized model.
         out: Says in which directory a variant goes.
         tokens: Calibration text as sequences of token ids.
-        device: Where to compute.
+        world: The processes that share the work; without it this one is alone, on the CPU.
         shard_bytes: Largest file of weights; each layout has a custom of its own.
         keep_in: Directory where `calibration.keep` keeps statistics, and finds those of earlier runs.
         progress: Directory that remembers what is finished, so that the same call goes on after a kill. It stays,
             for whoever gives the variants their final places; see `progress.forget`.
     """
-    refuse_quantized(model)
-    shape = load_config(model)
-    meta, variants = empty_model(shape), config.parsed()
-    refuse_misfits(variants, widths(meta), where=str(model))
-    calibrate.check_tokens(tokens, shape)
-    _check_places(model, [out(variant) for variant in variants])
-    imatrix = {} if config.imatrix is None else importance.read_for(config.imatrix, shape)
-    dtype, compute = DTYPES[config.dtype], DTYPES[config.calibration.arithmetic]
-    tensors = hf.open_tensors(model)
-    stored = stored_names(meta, tensors)
-    with ExitStack() as stack:
-        if progress is None:
-            place = out(variants[0]).parent
-            place.mkdir(parents=True, exist_ok=True)
-            progress = Path(stack.enter_context(TemporaryDirectory(prefix="quantize-", suffix=END, dir=place)))
-        so_far = Progress(progress, decided(config, model=model, tokens=tokens, device=device, shard_bytes=shard_bytes))
-        stack.callback(so_far.close)
-        works = []
-        for variant in variants:
-            writer = _writer(variant, out(variant), meta, so_far, source=model, dtype=dtype, shard_bytes=shard_bytes)
-            works.append(_Work(variant, writer, so_far))
-            stack.callback(writer.abandon)
-        outside = {name: stored[name] for name in stored if not name.startswith("model.layers.")}
-        _copy(works, {EMBEDDING: outside.pop(EMBEDDING)}, tensors)
-        reused = False
-        if any(
-            work.first(shape.num_layers) < shape.num_layers or not all(work.done(None, n) for n in outside)
-            for work in works
-        ):
-            asked = _Asked(config, model, shape, tokens, device, compute, keep_in)
-            heads, reused = _walk(stack, asked, works, so_far, imatrix)
-            for followers, head in heads:
-                heeded = importance.of_head(imatrix, head)
-                _copy(followers, outside, tensors, {} if heeded is None else {HEAD: heeded})
-        so_far.lighten()
-        reports = [_finish(work, tokens, damp=config.damp, compute=compute) for work in works]
-        return [replace(report, reused=reused) for report in reports]
+    world = calibrate.alone() if world is None else world
+    with world.together():
+        asked = _ask(config, model, tokens, world, keep_in)
+        _check_places(model, [out(variant) for variant in asked.variants])
+    with world.missing_named(), ExitStack() as stack:
+        decides = decided(config, model=model, tokens=tokens, device=world.device, shard_bytes=shard_bytes)
+        with world.together():
+            place = _place(stack, out(asked.variants[0]).parent) if progress is None and world.speaks else progress
+        place = world.told(place)
+        assert place is not None
+        for first in (True, False):  # the first process begins what the others then take part in
+            with world.together():
+                if world.speaks == first:
+                    so_far = stack.enter_context(closing(Progress(place, decides, rank=world.rank)))
+                    works = _begin(stack, asked, out, so_far, shard_bytes=shard_bytes)
+        reused = _make(stack, asked, works, so_far)
+        _hear(works, so_far, world)
+        reports: list[VariantReport] = []
+        with world.together():
+            if world.speaks:
+                so_far.lighten()
+                reports = [_finish(work, tokens, damp=config.damp, compute=asked.compute) for work in works]
+        return world.told([replace(report, reused=reused) for report in reports])
+
+
+def _place(stack: ExitStack, beside: Path) -> Path:
+    """Return a directory that lasts as long as the run."""
+    beside.mkdir(parents=True, exist_ok=True)
+    return Path(stack.enter_context(TemporaryDirectory(prefix="quantize-", suffix=END, dir=beside)))
 
 
 def refuse_quantized(model: Path) -> None:
@@ -261,19 +260,91 @@ def refuse_quantized(model: Path) -> None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What layers are looked at with."""
+    """What is made, of what, and who makes it."""
 
     config: QuantizeConfig
+    variants: Sequence[Variant]
     model: Path
     shape: LlamaConfig
+    meta: Llama
+    """The unquantized model, on the meta device."""
+    tensors: hf.Tensors
+    """Its tensors."""
     tokens: Sequence[Tensor]
-    device: str | torch.device
+    world: World
     compute: torch.dtype
+    imatrix: Mapping[str, Tensor]
     keep_in: Path | None
+
+    @property
+    def outside(self) -> dict[str, str]:
+        """Return the names of the tensors that are in no decoder layer: in the model, and in its files."""
+        stored = stored_names(self.meta, self.tensors)
+        return {name: stored[name] for name in stored if not name.startswith("model.layers.")}
+
+
+def _ask(config: QuantizeConfig, model: Path, tokens: Sequence[Tensor], world: World, keep_in: Path | None) -> _Asked:
+    """Refuse what cannot be made, before any work."""
+    refuse_quantized(model)
+    shape = load_config(model)
+    meta, variants = empty_model(shape), config.parsed()
+    refuse_misfits(variants, widths(meta), where=str(model))
+    calibrate.check_tokens(tokens, shape)
+    if config.calibration.keep and keep_in is not None and world.size > 1:
+        raise LlameroError(
+            "statistics are kept, and used again, by one process alone",
+            where="calibration.keep",
+            fix="leave out --keep (`calibration.keep`), or start one process",
+        )
+    imatrix = {} if config.imatrix is None else importance.read_for(config.imatrix, shape)
+    compute, tensors = DTYPES[config.calibration.arithmetic], hf.open_tensors(model)
+    return _Asked(config, variants, model, shape, meta, tensors, tokens, world, compute, imatrix, keep_in)
+
+
+def _begin(
+    stack: ExitStack,
+    asked: _Asked,
+    out: Callable[[Variant], Path],
+    progress: Progress,
+    *,
+    shard_bytes: int | None,
+) -> list[_Work]:
+    """Begin the files of every variant, or go on with them."""
+    how = {"source": asked.model, "dtype": DTYPES[asked.config.dtype], "shard_bytes": shard_bytes}
+    works = []
+    for variant in asked.variants:
+        writer = _writer(variant, out(variant), asked.meta, progress, **how)
+        stack.callback(writer.abandon)
+        works.append(_Work(variant, writer, progress))
+    return works
+
+
+def _hear(works: Sequence[_Work], progress: Progress, world: World) -> None:
+    """Hear what the other processes have written."""
+    written = progress.exchange(world)
+    for work in works:
+        work.writer.note(written.get(work.variant.name, ()))
+
+
+def _make(stack: ExitStack, asked: _Asked, works: Sequence[_Work], progress: Progress) -> bool:
+    """Write what is missing, and return whether statistics were those of an earlier run."""
+    world, layers, outside = asked.world, asked.shape.num_layers, asked.outside
+    if all(work.first(layers) == layers and all(work.done(None, name) for name in outside) for work in works):
+        return False
+    mine = works[world.rank :: world.size]
+    with world.together():
+        _copy(mine, {EMBEDDING: outside.pop(EMBEDDING)}, asked.tensors)
+    heads, reused = _walk(stack, asked, works, progress)
+    with world.together():
+        for followers, head in heads:
+            heeded = importance.of_head(asked.imatrix, head)
+            some = [work for work in followers if work in mine]
+            _copy(some, outside, asked.tensors, {} if heeded is None else {HEAD: heeded})
+    return reused
 
 
 def _walk(
-    stack: ExitStack, asked: _Asked, works: Sequence[_Work], progress: Progress, imatrix: Mapping[str, Tensor]
+    stack: ExitStack, asked: _Asked, works: Sequence[_Work], progress: Progress
 ) -> tuple[list[tuple[list[_Work], Channels]], bool]:
     """Go through the model and solve what is missing.
 
@@ -281,9 +352,7 @@ def _walk(
         The variants of each stream with what flows into its head; and whether that was known before.
     """
     config, shape, keep_in = asked.config, asked.shape, asked.keep_in
-    planned = {
-        each.name: each for each in streams.plan(config, [work.variant for work in works], widths(empty_model(shape)))
-    }
+    planned = {each.name: each for each in streams.plan(config, [work.variant for work in works], widths(asked.meta))}
     firsts = {work.variant: work.first(shape.num_layers) for work in works}
     needed = {
         name: min((firsts[variant] for variant in stream.variants), default=shape.num_layers)
@@ -292,15 +361,16 @@ def _walk(
     felt = None
     if min(needed.values()) < shape.num_layers:
         felt = _sensitivity(asked, planned.values(), progress)
-    walk = calibrate.Walk(
-        asked.model,
-        shape,
-        asked.tokens,
-        dtype=asked.compute,
-        device=asked.device,
-        streams=tuple(planned),
-        waiting=progress.waiting(needed),
-    )
+    with asked.world.together():
+        walk = calibrate.Walk(
+            asked.model,
+            shape,
+            asked.tokens,
+            dtype=asked.compute,
+            world=asked.world,
+            streams=tuple(planned),
+            waiting=progress.waiting(needed),
+        )
     layers: Iterable[Layer] = walk
     reused = False
     if config.calibration.keep and keep_in is not None:
@@ -308,10 +378,13 @@ def _walk(
         reused = artifact.find(keep_in, who) is not None
         found = kept.layers(walk, asked.model, shape, who, root=keep_in, first=min(needed.values()))
         layers = stack.enter_context(closing(found))
-    for layer in layers:
-        _solve_layer(layer, shape, works, config, planned[layer.stream], imatrix, felt)
-        del layer  # before the next one is read, not after
     followers = {name: [work for work in works if work.variant in stream.variants] for name, stream in planned.items()}
+    for layer in layers:
+        _solve_layer(layer, asked, followers[layer.stream], planned[layer.stream], felt)
+        _hear(works, progress, asked.world)
+        if asked.world.speaks:
+            _add_rest(layer, followers[layer.stream])
+        del layer  # before the next one is read, not after
     return [(followers[name], walk.heads[name]) for name in planned], reused
 
 
@@ -358,52 +431,91 @@ def _sensitivity(asked: _Asked, planned: Iterable[Stream], progress: Progress) -
     some = sensitivity.some(tokens, config.sensitivity)
 
     def make(felt: Sensitivity) -> None:
-        sensitivity.measure(model, asked.shape, some, into=felt, dtype=asked.compute, device=asked.device)
+        sensitivity.measure(model, asked.shape, some, into=felt, dtype=asked.compute, device=asked.world.device)
 
     if config.calibration.keep and asked.keep_in is not None:
         statistics = kept.identity(model, tokens, dtype=asked.compute, root=asked.keep_in)
         root = asked.keep_in
     else:
         statistics = Identity("calibration", "calibration", {}, {})  # all that decides it decides the progress too
-    return sensitivity.kept(root, sensitivity.identity(statistics, some), make)
+    who = sensitivity.identity(statistics, some)
+    for first in (True, False):
+        with asked.world.together():
+            if asked.world.speaks == first:
+                found = sensitivity.kept(root, who, make)
+    return found
 
 
 @torch.no_grad()
-def _solve_layer(
-    layer: Layer,
-    shape: LlamaConfig,
-    works: Sequence[_Work],
-    config: QuantizeConfig,
-    stream: Stream,
-    imatrix: Mapping[str, Tensor],
-    felt: Sensitivity | None,
-) -> None:
+def _solve_layer(layer: Layer, asked: _Asked, works: Sequence[_Work], stream: Stream, felt: Sensitivity | None) -> None:
     """Quantize a decoder layer once for every variant of a stream, write it, and say how the stream flows on.
 
     What is on disk already is left out; the variant that a stream follows is solved all the same.
     """
-    at_work = [work for work in works if work.variant in stream.variants]
-    if stream.leader is None and all(work.first(layer.number + 1) > layer.number for work in at_work):
+    if stream.leader is None and all(work.finished(layer.number) for work in works):
         return
+    config, world = asked.config, asked.world
     moments = None if felt is None else partial(felt.of, layer.number)
-    problems = pose(layer, shape, damp=config.damp, refine=config.refine, imatrix=imatrix, felt=moments)
-    for part, name in ((part, name) for part in (*INPUTS, WHOLE) for name in METHODS):
-        if (part == WHOLE) != (name in TOGETHER):
-            continue
-        some = problems if part == WHOLE else replace(problems, inputs={part: problems.inputs[part]})
-        missing = {work.variant: work for work in at_work if not work.done(layer.number, part)}
-        mine = [v for v in dict.fromkeys([*missing, stream.leader]) if v is not None and v.method == name]
-        solutions = METHODS[name](some, mine)
-        for variant in mine:
-            began = time.perf_counter()
-            solution = next(solutions)
-            seconds = time.perf_counter() - began if solution.seconds is None else solution.seconds
-            if variant == stream.leader:
-                layer.weights.update(solution.weights())
-            if variant in missing:
-                _take(missing[variant], layer, part, solution, tuple(_reports(some, solution)), seconds)
-            del solution
-    for work in at_work:
+    mine: dict[str, Callable[[], Tensor]] = {}
+    with world.together():
+        how = {"damp": config.damp, "refine": config.refine, "imatrix": asked.imatrix, "felt": moments}
+        problems = pose(layer, asked.shape, **how)
+        found = tasks(problems, _wanted(layer.number, works, stream.leader), processes=world.size)
+        for number in world.claims(len(found)):
+            _solve(found[number], problems, layer, works, stream.leader, mine)
+    layer.weights.update(_gathered(mine, layer.block, world))
+
+
+def _wanted(layer: int, works: Sequence[_Work], leader: Variant | None) -> dict[str, list[Variant]]:
+    """Return which variants lack a part of a layer, by parts; what a stream flows through always counts."""
+    found: dict[str, list[Variant]] = {}
+    for part in (*INPUTS, WHOLE):
+        lacking = [work.variant for work in works if work.lacks(layer, part)]
+        found[part] = [variant for variant in dict.fromkeys([*lacking, leader]) if variant is not None]
+    return found
+
+
+def _solve(
+    task: Task,
+    problems: LayerProblems,
+    layer: Layer,
+    works: Sequence[_Work],
+    leader: Variant | None,
+    flowing: dict[str, Callable[[], Tensor]],
+) -> None:
+    """Solve a task and write what is missing of it; what the stream flows on through goes into `flowing`."""
+    some = task.of(problems)
+    missing = {work.variant: work for work in works if work.lacks(layer.number, task.part)}
+    solutions = METHODS[task.method](some, task.variants)
+    for variant in task.variants:
+        began = time.perf_counter()
+        solution = next(solutions)
+        seconds = time.perf_counter() - began if solution.seconds is None else solution.seconds
+        if variant == leader:
+            flowing.update(solution.weights())
+        if variant in missing:
+            _take(missing[variant], layer, task.part, solution, tuple(_reports(some, solution)), seconds)
+        del solution
+
+
+def _gathered(mine: Mapping[str, Callable[[], Tensor]], block: Block, world: World) -> dict[str, Callable[[], Tensor]]:
+    """Return what makes the weights that any process has; all processes make all of them, in this order."""
+    sources = {name: rank for rank, names in enumerate(world.gather(list(mine))) for name in names}
+
+    def make(name: str) -> Tensor:
+        if sources[name] == world.rank:
+            value = mine[name]().float().contiguous()
+        else:
+            value = torch.empty(block.get_parameter(name).shape, device=world.device)
+        world.send(value, source=sources[name])
+        return value
+
+    return {name: partial(make, name) for name, _ in block.named_parameters() if name in sources}
+
+
+def _add_rest(layer: Layer, works: Sequence[_Work]) -> None:
+    """Write what of a decoder layer is not quantized."""
+    for work in works:
         if not work.done(layer.number, REST):
             work.writer.add_rest(layer.number, layer.block)
             work.commit(layer.number, REST)

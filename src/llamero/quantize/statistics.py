@@ -6,6 +6,8 @@ unit is so coarse that no sum needs more than float64's 53 bits: every addition 
 found is merged in any order, with the same bytes at the end.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from threading import Lock
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from llamero.parallel.world import World
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +85,10 @@ class Units:
     unit: float
     """Of the sums of what comes out, a power of two."""
 
+    def on(self, device: torch.device | str) -> Units:
+        """Return them on a device."""
+        return Units(self.scale.to(device), self.unit)
+
 
 def units(x: Float[Tensor, "tokens d"], groups: int) -> Units:
     """Return units for sums over groups of tokens of which this one is typical.
@@ -143,7 +151,7 @@ class Sums:
             torch.maximum(self._largest, largest, out=self._largest)
             self.tokens += len(x)
 
-    def merge(self, other: "Sums") -> None:
+    def merge(self, other: Sums) -> None:
         """Take in what another one has summed, in any order; its units must be the same."""
         if other.units.unit != self.units.unit or not torch.equal(other.units.scale, self.units.scale):
             raise ValueError("sums of different units")
@@ -153,6 +161,12 @@ class Sums:
             self._magnitude += other._magnitude.to(self._device)
             torch.maximum(self._largest, other._largest.to(self._device), out=self._largest)
             self.tokens += other.tokens
+
+    def add_up(self, world: World) -> None:
+        """Take in what all other processes have summed, in the same units: each then has the whole."""
+        world.add_up(self._tiles, self._energy, self._magnitude)
+        world.take_largest(self._largest)
+        self.tokens = int(world.sum([self.tokens])[0])
 
     def channels(self, where: str) -> Channels:
         """Return what is known of each channel alone."""

@@ -1,6 +1,7 @@
 """Activations that wait between two decoder layers: in memory, or on disk.
 
-There in two files that outlive the process: what comes out of a layer is written beside what went into it.
+There in two files that outlive the process: what comes out of a layer is written beside what went into it. Of
+several processes each reads and writes groups of its own, in the same files.
 """
 
 import os
@@ -30,7 +31,8 @@ class Waiting:
     """
 
     def __init__(self, name: str, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
-        self._groups = list(torch.empty(sum(lengths), width, dtype=dtype).split(list(lengths)))
+        self._lengths, self._width, self._dtype = list(lengths), width, dtype
+        self._groups: dict[int, Tensor] = {}
         self.layer: int | None = None
         """That the activations come before."""
 
@@ -40,7 +42,12 @@ class Waiting:
 
     def __setitem__(self, group: int, x: Float[Tensor, "tokens width"]) -> None:
         """Replace those of a group."""
+        if group not in self._groups:
+            self._groups[group] = torch.empty(self._lengths[group], self._width, dtype=self._dtype)
         self._groups[group].copy_(x)
+
+    def sync(self) -> None:
+        """Do nothing: there is no disk."""
 
     def turn(self) -> None:
         """Go on to the next layer."""
@@ -109,14 +116,21 @@ class KeptWaiting:
 
     def __setitem__(self, group: int, x: Float[Tensor, "tokens width"]) -> None:
         """Write those after it."""
-        after = 0 if self.layer is None else self.layer + 1
-        _whole(os.pwritev, self._files[after % 2], x.to("cpu", self._dtype).contiguous(), self._offset(group))
+        _whole(os.pwritev, self._files[self._after % 2], x.to("cpu", self._dtype).contiguous(), self._offset(group))
+
+    def sync(self) -> None:
+        """Force to disk what was written; all processes that write do so before any turns."""
+        os.fsync(self._files[self._after % 2])
 
     def turn(self) -> None:
-        """Go on to the next layer: what was written is forced to disk and read from now on."""
-        self.layer = 0 if self.layer is None else self.layer + 1
-        os.fsync(self._files[self.layer % 2])
+        """Go on to the next layer: what was written is read from now on."""
+        self.layer = self._after
         self._turned(self.layer)
+
+    @property
+    def _after(self) -> int:
+        """Return the layer before which the activations that are being written come."""
+        return 0 if self.layer is None else self.layer + 1
 
     def _offset(self, group: int) -> int:
         return self._starts[group] * self._width * self._dtype.itemsize

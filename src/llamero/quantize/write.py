@@ -3,7 +3,7 @@
 import logging
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,10 @@ class Writer(Protocol):
 
     def sync(self) -> list[str]:
         """Force to disk what was written since the last time, and return the names of these tensors in the files."""
+        ...
+
+    def note(self, names: Iterable[str]) -> None:
+        """Wait no longer for what another process has written: tensors that its `sync` named."""
         ...
 
     def finish(self, *, damp: float | None) -> int:
@@ -150,6 +154,10 @@ class VariantWriter:
     def sync(self) -> list[str]:
         """Force to disk what was written since the last time, and return the names of these tensors."""
         return self._shards.sync()
+
+    def note(self, names: Iterable[str]) -> None:
+        """Wait no longer for what another process has written: tensors that its `sync` named."""
+        self._shards.note(names)
 
     def finish(self, *, damp: float | None) -> int:
         """Write what stands beside the weights, config.json last, and return the size of the weights in bytes.
