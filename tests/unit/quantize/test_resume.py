@@ -1,69 +1,8 @@
 """Kill a run at any moment: the same command ends in the same bytes."""
 
-import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-from llamero.model.config import LlamaConfig
-from llamero.model.llama import Llama, initialize
-from llamero.model.load import save_model
-from llamero.model.rope import Default
-from llamero.text.tokenizer import train_bpe
-
-SHAPE = LlamaConfig(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rope=Default(10000.0, 16),
-    max_position_embeddings=64,
-)
-VARIANTS = (
-    "gptq-4bit-32g-actorder_True",
-    "gptq-3bit-32g-actorder_False",
-    "awq-4bit-32g",
-    "gptq-4bit-32g-actorder_static-ct",
-    "gguf-Q4_0",
-    "nf4",
-)
-CONFIG = {"variants": VARIANTS, "sensitivity": 64}
-
-
-class Victims:
-    def __init__(self, process, model):
-        self._process, self._model = process, model
-
-    def run(self, root, *, at=0, largest_file=0, seed=2, config=None, **calibration):
-        order = {"root": str(root), "model": str(self._model), "config": config or CONFIG, "calibration": calibration}
-        self._process.stdin.write(json.dumps(order | {"at": at, "largest_file": largest_file, "seed": seed}) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def victims(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "plain"
-    model = Llama(SHAPE)
-    initialize(model, seed=1, std=0.3)
-    directory.mkdir()
-    save_model(model, directory)
-    train_bpe(iter(["the cat sat on the mat, 12 times"]), vocab_size=270, split_digits=False).save(directory)
-    command = [sys.executable, str(Path(__file__).parent / "victim.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Victims(process, directory)
-
-
-def content(root):
-    """All files but those that are of use only to go on."""
-    found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-    return {name: p.read_bytes() for name, p in found.items() if not name.startswith(("progress/", "kept/.digests"))}
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +11,12 @@ def whole(victims, tmp_path_factory):
     said = victims.run(root)
     assert said["state"] == "made"
     assert not [path for path in (root / "progress").iterdir() if path.name.startswith(("activ", "sens"))]
-    return content(root), said
+    return victims.content(root), said
 
 
-def test_every_layout_is_made(whole):
+def test_every_layout_is_made(victims, whole):
     files, said = whole
-    assert {name.split("/")[0] for name in files} == {*VARIANTS}
+    assert {name.split("/")[0] for name in files} == {*victims.variants}
     assert sum(name.endswith(".safetensors") for name in files) > 15
     assert said["events"] > 200
 
@@ -93,7 +32,7 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(victims, whole
     assert victims.run(tmp_path, at=at) == {"state": "killed"}
     said = victims.run(tmp_path)
     assert said["state"] == "made"
-    assert content(tmp_path) == expected
+    assert victims.content(tmp_path) == expected
     assert said["reports"] == told["reports"]
 
 
@@ -104,11 +43,11 @@ def test_killed_again_and_again_little_is_done_twice(victims, whole, tmp_path):
     while said["state"] == "killed":
         said = victims.run(tmp_path, at=told["events"] // 3)
     assert said["state"] == "made"
-    assert content(tmp_path) == expected
+    assert victims.content(tmp_path) == expected
     assert said["modules"] < told["modules"]
     again = victims.run(tmp_path)
     assert again["modules"] == 0
-    assert content(tmp_path) == expected
+    assert victims.content(tmp_path) == expected
     assert again["reports"] == told["reports"]
 
 
@@ -116,12 +55,14 @@ def test_killed_again_and_again_little_is_done_twice(victims, whole, tmp_path):
 @pytest.mark.parametrize("at", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("how", [{"keep": True}, {"propagation": "exact"}], ids=["keep", "exact"])
 def test_kept_statistics_and_own_activations_are_gone_on_with(victims, tmp_path, how, at):
-    config = {"variants": VARIANTS[:3], "sensitivity": 64}
-    told = victims.run(tmp_path / "whole", config=config, **how)
-    assert victims.run(tmp_path / "cut", config=config, at=int(at * told["events"]), **how) == {"state": "killed"}
-    said = victims.run(tmp_path / "cut", config=config, **how)
+    config = {"variants": victims.variants[:3], "sensitivity": 64}
+    told = victims.run(tmp_path / "whole", config=config, calibration=how)
+    assert victims.run(tmp_path / "cut", config=config, at=int(at * told["events"]), calibration=how) == {
+        "state": "killed"
+    }
+    said = victims.run(tmp_path / "cut", config=config, calibration=how)
     assert said["reports"] == told["reports"]
-    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    assert victims.content(tmp_path / "cut") == victims.content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("largest", mostly_slow(100, 5000, 30_000, quick=(5000,)))
@@ -131,14 +72,14 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(victims, wh
     assert "no room to write" in said["says"]
     assert "run the same command again" in said["says"]
     assert victims.run(tmp_path)["state"] == "made"
-    assert content(tmp_path) == whole[0]
+    assert victims.content(tmp_path) == whole[0]
 
 
 @pytest.mark.slow
 def test_another_text_is_begun_anew(victims, whole, tmp_path):
     assert victims.run(tmp_path, seed=3, at=whole[1]["events"] // 2) == {"state": "killed"}
     assert victims.run(tmp_path)["state"] == "made"
-    assert content(tmp_path) == whole[0]
+    assert victims.content(tmp_path) == whole[0]
 
 
 def test_a_journal_that_was_cut_off_in_a_line_is_gone_on_with(victims, whole, tmp_path):
@@ -147,12 +88,12 @@ def test_a_journal_that_was_cut_off_in_a_line_is_gone_on_with(victims, whole, tm
     journal.write_bytes(journal.read_bytes()[:-7])
     said = victims.run(tmp_path)
     assert said["state"] == "made"
-    assert content(tmp_path) == whole[0]
+    assert victims.content(tmp_path) == whole[0]
 
 
 @pytest.mark.slow
 def test_files_that_are_gone_are_made_anew(victims, whole, tmp_path):
     assert victims.run(tmp_path, at=whole[1]["events"] // 2) == {"state": "killed"}
-    shutil.rmtree(tmp_path / VARIANTS[0])
+    shutil.rmtree(tmp_path / victims.variants[0])
     assert victims.run(tmp_path)["state"] == "made"
-    assert content(tmp_path) == whole[0]
+    assert victims.content(tmp_path) == whole[0]

@@ -1,6 +1,7 @@
 """A process that quantizes in children, which can be killed, or starved of disk, at anything they do to their files.
 
-Every line on stdin is one child: JSON with the keys of `Order`. What became of it is answered as a line on stdout.
+Every line on stdin is one child, or several that work together: JSON with the keys of `Order`. What became of each is
+answered as a line on stdout.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,6 +22,9 @@ import torch
 from llamero.checkpoint.unfinished import UnfinishedFile
 from llamero.core import files
 from llamero.core.errors import LlameroError
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.world import World
+from llamero.quantize import calibrate
 from llamero.quantize.config import Calibration, QuantizeConfig
 from llamero.quantize.run import run
 
@@ -37,30 +43,67 @@ class Order(TypedDict):
     """Bytes that a file may have; 0 is no limit."""
     seed: int
     """Of the text."""
+    processes: int
+    """Children that work together."""
+    victim: int
+    """Which of them is killed, or stops, or finds something broken."""
+    how: str
+    """What becomes of it: `kill`, `stop` or `raise`."""
+    timeout: int
+    """Seconds after which a child that is not heard of is missed."""
+    group_tokens: int
+    """Of the groups in which text goes through the model."""
 
 
 def main() -> None:
     """Serve orders until stdin ends."""
     torch.set_num_threads(1)  # threads do not survive a fork
     for line in sys.stdin:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(writing, json.dumps(make(json.loads(line))).encode())
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            said = pipe.read()
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        answer = {"state": "killed"} if killed else json.loads(said or '{"state": "crashed"}')
-        sys.stdout.write(json.dumps(answer) + "\n")
+        order: Order = json.loads(line)
+        with socket.socket() as port:
+            port.bind(("127.0.0.1", 0))
+            about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+        children = [begin(order, rank, about) for rank in range(order["processes"])]
+        answers = [end(*child) for child in children if child[0] != order["victim"]]
+        if order["how"] == "stop":
+            os.kill(children[order["victim"]][1], signal.SIGKILL)
+        answers.insert(order["victim"], end(*children[order["victim"]]))
+        sys.stdout.write(json.dumps(answers if order["processes"] > 1 else answers[0]) + "\n")
         sys.stdout.flush()
 
 
-def make(order: Order) -> dict[str, Any]:
+def begin(order: Order, rank: int, about: dict[str, str]) -> tuple[int, int, int]:
+    """Start a child; return its rank, its process and where it says what became of it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return rank, child, reading
+    os.close(reading)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(order["processes"]), **about}
+    try:
+        os.write(writing, json.dumps(make(order, rank)).encode())
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def end(_: int, child: int, reading: int) -> dict[str, Any]:
+    """Return what became of a child."""
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return {"state": "killed"}
+    return json.loads(said) if said else {"state": "crashed", "code": os.waitstatus_to_exitcode(status)}
+
+
+def make(order: Order, rank: int) -> dict[str, Any]:
     """Quantize, and say what became of it."""
-    seen = Events(order["at"])
+    seen = Events(order["at"] if rank == order["victim"] else 0, order["how"])
+    calibrate.GROUP_TOKENS = order["group_tokens"]
+    parallel = ParallelConfig(gpus=order["processes"], device="cpu", timeout=order["timeout"])
     if order["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], order["largest_file"]))
     root = Path(order["root"])
@@ -73,6 +116,7 @@ def make(order: Order) -> dict[str, Any]:
                 model=Path(order["model"]),
                 out=lambda variant: root / variant.name,
                 tokens=[torch.randint(0, 96, (length,), generator=generator) for length in TOKENS],
+                world=World(parallel, longest=order["timeout"]),
                 keep_in=root / "kept",
                 progress=root / "progress",
                 shard_bytes=40_000,
@@ -85,8 +129,8 @@ def make(order: Order) -> dict[str, Any]:
 class Events:
     """Counts what a run does to its files, and kills it at one of them."""
 
-    def __init__(self, at: int) -> None:
-        self.at, self.count, self.modules = at, 0, 0
+    def __init__(self, at: int, how: str) -> None:
+        self.at, self.count, self.modules, self._how = at, 0, 0, how
         os.fsync = lambda handle: None  # slow, and without meaning for a kill
         self._watch(UnfinishedFile, "write")
         for name in ("fsync", "unlink", "rename", "replace", "pwritev"):
@@ -98,8 +142,10 @@ class Events:
 
         def watched(*args: Any, **keys: Any) -> Any:
             self.count += 1
+            if self.count == self.at and self._how == "raise":
+                raise LlameroError("broken on purpose")
             if self.count == self.at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGSTOP if self._how == "stop" else signal.SIGKILL)
             return original(*args, **keys)
 
         setattr(owner, name, watched)
