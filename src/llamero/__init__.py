@@ -109,7 +109,7 @@ def score(
     Raises:
         LlameroError: A request cannot be scored, or the answer is not a number; `where` names it by its number.
     """
-    from llamero.infer.score import log_likelihoods
+    from llamero.infer.likelihood import log_likelihoods
 
     return log_likelihoods(model, requests, max_length=max_length, softmax=softmax)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from llamero.infer import generate as generating
-from llamero.infer import score as scoring
+from llamero.infer import likelihood
 from llamero.infer.context import context_length, device_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class OwnEngine:
         self, requests: Sequence[Pair], *, max_length: int | None = None, softmax: Softmax = "float32"
     ) -> list[Scored]:
         """Return log-likelihoods, see `Engine.score`."""
-        return scoring.log_likelihoods(self.model, requests, max_length=max_length, softmax=softmax)
+        return likelihood.log_likelihoods(self.model, requests, max_length=max_length, softmax=softmax)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Return answers, see `Engine.generate`."""

@@ -1,10 +1,10 @@
-"""What a model thinks of text that is there: log-likelihoods, perplexity, agreement of two models.
+"""What a model thinks of text that is there: log-probabilities, perplexity, agreement of two models.
 
 Logits exist for a chunk of positions at a time, and only for positions that are asked about.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import accumulate, chain
 from typing import Literal
@@ -15,21 +15,19 @@ from torch import Tensor
 
 from llamero.core import progress
 from llamero.core.errors import LlameroError
-from llamero.infer.context import check_ids, context_length, device_of, rope_length, rotation_of
-from llamero.model.attention import Documents, Tree
+from llamero.infer.context import check_ids, context_length, device_of, rotation_of
+from llamero.model.attention import Documents
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass."""
 
-LOGITS = 2**24
+LOGITS = 2**22
 """Logits that exist at a time."""
 
 KL_PROTOCOL = "KL(original ‖ this) in nats per token"
 """How reports say what `Agreement.kl` is."""
-
-Ids = tuple[int, ...]
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Ids of a context, and of what may follow it; neither may be empty."""
@@ -50,162 +48,6 @@ class Scored:
     """Its length."""
     truncated: int = 0
     """Tokens that the context lost on its left because all would not fit."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Continuations of one context; they are computed as the branches of a tree."""
-
-    context: Ids
-    length: int
-    """What decides the frequencies (`rope_length`), the same for all."""
-    continuations: tuple[tuple[int, Ids], ...]
-    """Number of the unique request, and its continuation."""
-
-    @property
-    def nodes(self) -> int:
-        """Tokens to compute: the last of a continuation predicts nothing."""
-        return len(self.context) + sum(len(ids) - 1 for _, ids in self.continuations)
-
-
-@torch.inference_mode()
-def log_likelihoods(
-    model: Llama,
-    requests: Sequence[Pair],
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-    max_length: int | None = None,
-    softmax: Softmax = "float32",
-) -> list[Scored]:
-    """Return the log-likelihood of each continuation after its context, in the order of the requests.
-
-    Equal requests are computed once, and so is a context that several continuations share.
-
-    Args:
-        model: The model.
-        requests: (context, continuation) ids; neither may be empty.
-        batch_tokens: Tokens of a forward pass; one sequence that is longer has a pass to itself.
-        max_length: Tokens the model may see at a time; contexts lose what is too much on their left, and
-            `Scored.truncated` says how much. `None` is the model's own context.
-        softmax: `model` rounds each log-probability and the sum to the dtype of the model.
-    """
-    limit = context_length(model.config) if max_length is None else max_length
-    unique: dict[tuple[Ids, Ids], int] = {}
-    places, lost = [], []
-    for number, (context, continuation) in enumerate(requests):
-        kept = _truncated(model, context, continuation, limit, number)
-        places.append(unique.setdefault((kept, tuple(continuation)), len(unique)))
-        lost.append(len(context) - len(kept))
-    first = {place: number for number, place in reversed(list(enumerate(places)))}
-    sums, greedy = torch.zeros(len(unique), dtype=torch.float64), torch.ones(len(unique), dtype=torch.bool)
-    groups = _groups(model, unique, batch_tokens)
-    with progress.Line("score", total=len(unique), unit="requests") as line:
-        for batch in _batches(groups, batch_tokens):
-            _score(model, batch, sums, greedy, softmax)
-            done = [place for group in batch for place, _ in group.continuations]
-            _refuse_nan(sums[done], [first[place] for place in done])
-            line.advance(len(done))
-    if softmax == "model":
-        sums = sums.to(_dtype(model)).double()
-    return [
-        Scored(float(sums[place]), bool(greedy[place]), len(request[1]), cut)
-        for place, request, cut in zip(places, requests, lost, strict=True)
-    ]
-
-
-def _truncated(model: Llama, context: Sequence[int], continuation: Sequence[int], limit: int, number: int) -> Ids:
-    """Return the context that fits beside its continuation, whose last token is not fed to the model."""
-    where = f"request {number}"
-    if not continuation:
-        raise LlameroError("the continuation is empty: there is nothing to score", where=where)
-    if not context:
-        raise LlameroError(
-            "the context is empty: nothing predicts the first token",
-            where=where,
-            fix="begin with the beginning-of-text token (or the end-of-text token, as older harnesses do)",
-        )
-    check_ids(model, context, where=where)
-    check_ids(model, continuation, where=where)
-    room = limit + 1 - len(continuation)
-    if room < 1:
-        raise LlameroError(
-            f"the continuation has {len(continuation)} tokens, the model sees {limit} at a time", where=where
-        )
-    return tuple(context[-room:])
-
-
-def _groups(model: Llama, unique: Iterable[tuple[Ids, Ids]], batch_tokens: int) -> list[_Group]:
-    """Return continuations by context, largest group first; none is needlessly larger than a batch."""
-    together: dict[tuple[Ids, int], list[tuple[int, Ids]]] = {}
-    for place, (context, continuation) in enumerate(unique):
-        length = rope_length(model.config, len(context) + len(continuation) - 1)
-        together.setdefault((context, length), []).append((place, continuation))
-    groups = []
-    for (context, length), continuations in together.items():
-        part: list[tuple[int, Ids]] = []
-        size = len(context)
-        for place, ids in sorted(continuations, key=lambda item: len(item[1])):
-            if part and size + len(ids) - 1 > batch_tokens:
-                groups.append(_Group(context, length, tuple(part)))
-                part, size = [], len(context)
-            part.append((place, ids))
-            size += len(ids) - 1
-        groups.append(_Group(context, length, tuple(part)))
-    return sorted(groups, key=lambda group: -group.nodes)
-
-
-def _batches(groups: Sequence[_Group], batch_tokens: int) -> Iterator[list[_Group]]:
-    batch: list[_Group] = []
-    size = 0
-    for group in groups:
-        if batch and size + group.nodes > batch_tokens:
-            yield batch
-            batch, size = [], 0
-        batch.append(group)
-        size += group.nodes
-    if batch:
-        yield batch
-
-
-def _dtype(model: Llama) -> torch.dtype:
-    return model.model.norm.weight.dtype
-
-
-def _score(
-    model: Llama,
-    batch: Sequence[_Group],
-    sums: Float[Tensor, " requests"],
-    greedy: Bool[Tensor, " requests"],
-    softmax: Softmax,
-) -> None:
-    """Add what one forward pass says to the sums."""
-    ids: list[int] = []
-    parents: list[int] = []
-    stretches: list[tuple[int, int, int]] = []  # start, count, length of each context and each continuation
-    asked: list[tuple[int, int, int]] = []  # node, the token after it, request
-    for group in batch:
-        root, trunk = len(ids), len(group.context)
-        ids += group.context
-        parents += [-1, *range(root, root + trunk - 1)]
-        stretches.append((0, trunk, group.length))
-        for place, continuation in group.continuations:
-            node = len(ids)
-            path = [root + trunk - 1, *range(node, node + len(continuation) - 1)]  # who predicts each token
-            asked += [(at, token, place) for at, token in zip(path, continuation, strict=True)]
-            ids += continuation[:-1]
-            parents += path[:-1]
-            stretches.append((trunk, len(continuation) - 1, group.length))
-    starts, counts, lengths = (list(column) for column in zip(*(s for s in stretches if s[1]), strict=True))
-    device = device_of(model)
-    layout = Tree(torch.tensor(parents, device=device), len(ids))
-    rotation = rotation_of(model, starts, counts, lengths)
-    hidden = model.hidden(torch.tensor(ids, device=device), rotation, layout)
-    nodes, tokens, places = torch.tensor(asked).T
-    found, likeliest = token_log_probs(model, hidden, nodes, tokens)
-    if softmax == "model":
-        found = found.to(_dtype(model)).double()
-    sums.index_add_(0, places, found)
-    greedy[places[~likeliest]] = False
 
 
 def token_log_probs(
@@ -232,18 +74,11 @@ def token_log_probs(
         mine = order[(inverse[order] >= start) & (inverse[order] < start + len(chunk))]
         logits = model.lm_head(hidden[chunk.to(hidden.device)]).float()
         row, target = (inverse[mine] - start).to(logits.device), targets[mine].to(logits.device)
-        found[mine] = (logits[row, target] - logits.logsumexp(-1)[row]).double().cpu()
-        likeliest[mine] = (logits.argmax(-1)[row] == target).cpu()
+        chosen, (top, favourite) = logits[row, target], logits.max(-1)
+        lse = logits.sub_(top[:, None]).exp_().sum(-1).log_() + top  # in place: there is no second such tensor
+        found[mine] = (chosen - lse[row]).double().cpu()
+        likeliest[mine] = (favourite[row] == target).cpu()
     return found, likeliest
-
-
-def _refuse_nan(values: Float[Tensor, " requests"], numbers: Sequence[int]) -> None:
-    if values.isnan().any():
-        raise LlameroError(
-            "NaN among the logits",
-            where=f"request {numbers[int(values.isnan().int().argmax())]}",
-            fix="load the model in float32 or bfloat16 if it is float16; else its weights are broken",
-        )
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,25 @@ def batched(
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
+SCORES = 2**27
+"""Scores that exist at a time where they must."""
+
+
+def whole(
+    q: Float[Tensor, "queries heads d"], k: Float[Tensor, "keys kv d"], v: Float[Tensor, "keys kv d"]
+) -> tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]]:
+    """Return attention of all queries to all keys, and its log-sum-exp; on CUDA it carries no gradient."""
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        borders = (torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k))
+        out, lse = _varlen(q, k, v, *borders, len(q), len(k), window_size=(-1, -1))
+        return out, lse.detach()
+    rows = len(q) if q.device.type == "cpu" else max(1, SCORES // (len(k) * q.shape[1]))
+    parts = [batched(part[None], k[None], v[None]) for part in q.split(rows)]
+    if len(parts) == 1:
+        return parts[0][0][0], parts[0][1][0]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts])
+
+
 def _batched_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     groups, wide = q.shape[2] // k.shape[2], wide_dtype(q.dtype)
     keys, values = (x.to(wide).repeat_interleave(groups, dim=2) for x in (k, v))  # (batch, keys, heads, d)
@@ -89,9 +108,8 @@ def merge(
 ) -> tuple[Float[Tensor, "queries heads d"], Float[Tensor, "queries heads"]]:
     """Return attention to two blocks of keys from attention to each (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
     lse = torch.logaddexp(a[1], b[1])
-    out = sum(out.to(lse.dtype) * (part - lse).exp()[..., None] for out, part in (a, b))
-    assert isinstance(out, Tensor)
-    return out.to(a[0].dtype), lse
+    share = (b[1] - lse).exp()[..., None]
+    return torch.lerp(a[0].to(lse.dtype), b[0].to(lse.dtype), share).to(a[0].dtype), lse
 
 
 def documents(
@@ -224,13 +242,20 @@ def _fold(x: Tensor, start: int, count: int, length: int) -> Tensor:
 
 
 def _packed_cuda(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    return _varlen(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, *where: Tensor | int, window_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return torch's attention of rows of any length; `where` are borders and longest of queries and keys."""
     shares: dict[str, Any] = {}
     if _SHARES_HEADS:
         shares["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    aux = AuxRequest(lse=True)
-    out, lse = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), return_aux=aux, **shares)
+    aux: Any = AuxRequest(lse=True)
+    out, lse = varlen_attn(q, k, v, *where, window_size=window_size, return_aux=aux, **shares)  # type: ignore[arg-type]
     return out, lse.T
 
 

@@ -16,7 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llamero.kernels import attention as kernels
+from llamero.model import tree_blocks
 from llamero.model.device import brought
+from llamero.model.tree_blocks import Block
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +51,6 @@ class Documents:
         return kernels.same_document(self.lengths)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring nodes of a forest that are attended to in one call."""
-
-    start: int
-    stop: int
-    lengths: tuple[int, ...] | None
-    """Trees that never branch are documents of these lengths."""
-    bias: Float[Tensor, "1 nodes nodes"] | None
-    """A tree that branches: 0 where a node may look, -inf where not."""
-
-
 @dataclass(frozen=True, eq=False)
 class Tree:
     """A tree (or several) of tokens; each sees itself and its ancestors. The queries are the last of the keys."""
@@ -81,30 +71,14 @@ class Tree:
         return _bias(self.mask)
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """The forest, cut where nothing crosses; only where every key asks."""
-        runs: list[Run] = []
-        for start, stop, branches in self._trees():
-            last = runs[-1] if runs else None
-            if branches:
-                within = self.parents[start:stop] - start  # a root stays below 0
-                runs.append(Run(start, stop, None, _bias(kernels.tree_mask(within.clamp(min=-1), stop - start))))
-            elif last is not None and last.lengths is not None:
-                runs[-1] = Run(last.start, stop, (*last.lengths, stop - start), None)
-            else:
-                runs.append(Run(start, stop, (stop - start,), None))
-        return tuple(runs)
+    def blocks(self) -> tuple[tuple[Block, Tensor | None], ...] | None:
+        """The calls of attention that make it up, with their masks to be added to scores; own blocks come first."""
+        prices = tree_blocks.CPU if self.parents.device.type == "cpu" else tree_blocks.CUDA
+        found = tree_blocks.blocks(self.parents.tolist(), self.queries, prices)
+        return None if found is None else tuple((block, self._bias_of(block)) for block in found)
 
-    def _trees(self) -> list[tuple[int, int, bool]]:
-        """Return (start, stop, whether it branches) of neighbouring trees; interleaved ones count as one."""
-        trees: list[tuple[int, int, bool]] = []
-        for start, stop, parent in kernels.chains(self.parents.tolist()):
-            trees.append((start, stop, False))
-            while parent >= 0 and parent < trees[-1][0]:  # this chain hangs on an earlier tree
-                trees.pop()
-            if parent >= 0:
-                trees[-1] = (trees[-1][0], stop, True)
-        return trees
+    def _bias_of(self, block: Block) -> Float[Tensor, "1 queries keys"] | None:
+        return None if block.mask is None else _bias(torch.from_numpy(block.mask).to(self.parents.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,16 +169,28 @@ def attend(
 
 
 def _attend_tree(q: Tensor, k: Tensor, v: Tensor, layout: Tree) -> tuple[Tensor, Tensor]:
-    if layout.queries != len(layout.parents):
+    if layout.blocks is None:
         return _one(*kernels.batched(q[None], k[None], v[None], layout.bias))
-    parts = []
-    for run in layout.runs:
-        here = slice(run.start, run.stop)
-        if run.lengths is not None:
-            parts.append(kernels.documents(q[here], k[here], v[here], run.lengths))
-        else:
-            parts.append(_one(*kernels.batched(q[None, here], k[None, here], v[None, here], run.bias)))
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    first, parts = len(k) - len(q), []
+    for block, bias in layout.blocks:
+        (start, stop), (begin, end) = block.queries, block.keys
+        here = slice(start - first, stop - first)
+        parts.append((here, _attend_block(q[here], k[begin:end], v[begin:end], block, bias)))
+    if len(parts) == 1:
+        return parts[0][1]
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=kernels.wide_dtype(q.dtype), device=q.device)
+    for (block, _), (here, part) in zip(layout.blocks, parts, strict=True):
+        out[here], lse[here] = part if block.own else kernels.merge((out[here], lse[here]), part)
+    return out, lse
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if block.lengths:
+        return kernels.documents(q, k, v, block.lengths)
+    if bias is not None:
+        return _one(*kernels.batched(q[None], k[None], v[None], bias))
+    return kernels.whole(q, k, v)
 
 
 def _attend_pages(q: Tensor, k: Tensor, v: Tensor, layout: Pages) -> tuple[Tensor, Tensor]:
@@ -242,7 +228,7 @@ def _attend_row(
     own = kernels.documents(q, k[before:], v[before:], (new,))
     if not before:
         return own
-    return kernels.merge(_one(*kernels.batched(q[None], k[None, :before], v[None, :before])), own)
+    return kernels.merge(kernels.whole(q, k[:before], v[:before]), own)
 
 
 def _one(out: Float[Tensor, "1 ..."], lse: Float[Tensor, "1 ..."]) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import llamero
 from llamero.core.errors import LlameroError
 from llamero.infer.engine import Engine, OwnEngine
 from llamero.infer.generate import generate
+from llamero.infer.likelihood import log_likelihoods
 from llamero.infer.sampler import Sampling
-from llamero.infer.score import log_likelihoods
 
 
 def test_the_own_engine_scores_and_generates_as_the_functions_do(model, draw):

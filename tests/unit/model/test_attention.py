@@ -65,17 +65,6 @@ def test_the_last_nodes_of_a_tree_may_ask_alone():
     assert_plain(*qkv(5, len(parents)), Tree(parents, 5))
 
 
-def test_a_forest_is_cut_where_nothing_crosses():
-    parents = torch.tensor(FORESTS["trees and chains"])
-    runs = Tree(parents, len(parents)).runs
-    assert [(run.start, run.stop, run.lengths) for run in runs] == [
-        (0, 3, (3,)),
-        (3, 11, None),
-        (11, 13, (2,)),
-        (13, 17, None),
-    ]
-
-
 PAGE = 4
 
 
