@@ -17,8 +17,9 @@ from transformers.generation.logits_process import (
 )
 
 from llamero.infer.generate import Request, events, generate, stream
+from llamero.infer.likelihood import log_likelihoods
 from llamero.infer.sampler import Sampling, processed
-from llamero.infer.score import compare, log_likelihoods, perplexity, sliding
+from llamero.infer.score import compare, perplexity, sliding
 from llamero.model.load import load_model
 from llamero.text.tokenizer import load_tokenizer
 

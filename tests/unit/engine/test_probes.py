@@ -8,7 +8,7 @@ from llamero.core.errors import LlameroError
 from llamero.engine.loop import train
 from llamero.engine.metrics import Sample, read_lines, read_probes
 from llamero.engine.probes import Probe
-from llamero.infer.score import log_likelihoods
+from llamero.infer.likelihood import log_likelihoods
 from llamero.parallel.config import ParallelConfig
 
 RANDOM = np.random.default_rng(4)

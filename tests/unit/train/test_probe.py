@@ -9,8 +9,8 @@ from llamero.engine.metrics import read_lines, read_probes
 from llamero.engine.stage import StageConfig
 from llamero.infer import choices
 from llamero.infer.chat import Chat, continue_text
+from llamero.infer.likelihood import log_likelihoods
 from llamero.infer.sampler import Sampling
-from llamero.infer.score import log_likelihoods
 from llamero.model.llama import Llama
 from llamero.model.load import load_model
 from llamero.parallel.config import ParallelConfig
