@@ -107,24 +107,19 @@ class Outcome:
     verdicts: Mapping[str, Verdict]
 
 
-def measure(config: QuantizeConfig, texts: Texts, *, model: Path, name: str, variants: Mapping[str, Path]) -> Outcome:
+def judged(config: QuantizeConfig, found: Sequence[Measured]) -> Outcome:
     """Return what was measured of every variant, and whether it is held back.
 
     Args:
-        config: With the gate.
-        texts: The texts.
-        model: Directory of the original.
-        name: What tables call the original.
-        variants: Directories by name.
+        config: With the variants and the gate.
+        found: What was measured, of the original first; nothing where it was not.
     """
     from llamero.quantize.gate import judge
-    from llamero.quantize.measure import measure as run
 
-    found = list(run(texts.texts, original=(name, model), variants=variants)) if texts.texts else []
     measured = {each.name: each for each in found[1:]}
     verdicts = {
         variant: judge(measured.get(variant), max_kl=config.max_kl, anyway=config.publish_anyway)
-        for variant in variants
+        for variant in config.variants
     }
     return Outcome(found[0] if found else None, measured, verdicts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,13 +16,19 @@ from llamero.checkpoint import loaders
 from llamero.cli import measured
 from llamero.cli.display import Bars, out, say_left_out, size
 from llamero.cli.options import import_uninterrupted
+from llamero.core import world as environment
 from llamero.core.errors import LlameroError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
+    from llamero.infer.texts import Text
     from llamero.model.config import LlamaConfig
+    from llamero.parallel.world import World
     from llamero.quantize.config import QuantizeConfig
+    from llamero.quantize.gate import Measured
     from llamero.quantize.run import VariantReport
     from llamero.quantize.sequences import Drawn
     from llamero.quantize.sizes import Size
@@ -156,68 +163,140 @@ def _config(keys: dict[str, Any]) -> QuantizeConfig:
 # -- making
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is made: the same for all processes that make it."""
+
+    config: QuantizeConfig
+    model: Path
+    tokens: Sequence[Tensor]
+    out: Path
+    progress: Path
+    texts: Sequence[Text]
+    """To measure on."""
+
+    @property
+    def partial(self) -> dict[str, Path]:
+        """Return where each variant is made, by name."""
+        return {name: self.progress / name for name in self.config.variants}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A job, and what is said of it."""
+
+    job: _Job
+    drawn: Drawn
+    texts: measured.Texts
+    left: dict[str, str]
+    """Default variants that cannot be made, and why."""
+
+
 def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> None:
-    from llamero.core.artifact import alone_in
-    from llamero.core.download import resolve_model
     from llamero.core.files import disk_errors_named
 
     config = _config(keys)
-    directory = resolve_model(model)
     import_uninterrupted("llamero.quantize.run")
+    from llamero.quantize.progress import forget
+    from llamero.quantize.run import processes
+
+    world = processes()
+    if not world.speaks:
+        with world.together():
+            pass  # the first process prepares
+        _carry_out(world.told(None), world)
+        world.barrier()
+        return
+    with Bars(), disk_errors_named(out_dir), ExitStack() as stack:
+        with world.together():
+            prepared = _prepare(stack, config, model, out_dir, template=template)
+        job = world.told(prepared.job)
+        reports, found = _carry_out(job, world)
+        outcome = measured.judged(job.config, found)
+        measured.write_report(out_dir, reports, prepared.drawn, outcome)
+        (job.progress / PLACING).touch()
+        for name, path in job.partial.items():
+            path.rename(out_dir / (name if outcome.verdicts[name].published else name + measured.REJECTED))
+        forget(job.progress)
+        world.barrier()
+    _say(prepared, reports, outcome)
+    if not all(verdict.published for verdict in outcome.verdicts.values()):
+        raise SystemExit(1)
+
+
+def _prepare(stack: ExitStack, config: QuantizeConfig, model: str, out_dir: Path, *, template: str) -> _Prepared:
+    """Return what is to be done, and refuse what cannot be; hold the place of it."""
+    from llamero.core.artifact import alone_in
+    from llamero.core.download import resolve_model
     from llamero.model.load import load_config
     from llamero.quantize.choose import choose
-    from llamero.quantize.needs import needs
-    from llamero.quantize.progress import END, decided, forget, place
+    from llamero.quantize.progress import END, decided, place
     from llamero.quantize.run import refuse_quantized
-    from llamero.quantize.run import run as make
     from llamero.quantize.sequences import draw
     from llamero.text.tokenizer import load_tokenizer
 
+    directory = resolve_model(model)
     refuse_quantized(directory)
     chosen, left = choose(config, load_config(directory), source=directory, where=model)
     config = config.model_copy(update={"variants": tuple(variant.name for variant in chosen)})
     if not any(out_dir.glob(f"*{END}")):
         _refuse_taken(out_dir, config.variants)
-    with Bars(), disk_errors_named(out_dir), ExitStack() as stack:
-        tokenizer = load_tokenizer(directory)
-        drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
-        texts = measured.read_texts(config, tokenizer, directory, drawn)
-        progress = place(out_dir, decided(config, model=directory, tokens=drawn.sequences))
-        partial = {name: progress / name for name in config.variants}
-        _say_unfinished(out_dir, progress)
-        _take_back(out_dir, progress, config.variants)
-        _refuse_taken(out_dir, config.variants)
-        stack.enter_context(alone_in(progress))
-        about = needs(load_config(directory), [len(ids) for ids in drawn.sequences], config)
-        disk = about.file + (about.kept if config.calibration.keep else 0)
-        said = f"about {size(about.memory)} of memory" + (f", {size(disk)} of disk beside the variants" if disk else "")
-        out.print(f"calibration takes {said}")
-        reports = make(
-            config,
-            model=directory,
-            out=lambda variant: partial[variant.name],
-            tokens=drawn.sequences,
-            keep_in=out_dir,
-            progress=progress,
-        )
-        outcome = measured.measure(config, texts, model=directory, name=directory.name, variants=partial)
-        measured.write_report(out_dir, reports, drawn, outcome)
-        (progress / PLACING).touch()
-        for name, path in partial.items():
-            path.rename(out_dir / (name if outcome.verdicts[name].published else name + measured.REJECTED))
-        forget(progress)
-    _say_calibration(drawn)
+    tokenizer = load_tokenizer(directory)
+    drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
+    texts = measured.read_texts(config, tokenizer, directory, drawn)
+    progress = place(out_dir, decided(config, model=directory, tokens=drawn.sequences))
+    _say_unfinished(out_dir, progress)
+    _take_back(out_dir, progress, config.variants)
+    _refuse_taken(out_dir, config.variants)
+    stack.enter_context(alone_in(progress))
+    _say_needs(config, directory, drawn)
+    return _Prepared(_Job(config, directory, drawn.sequences, out_dir, progress, texts.texts), drawn, texts, left)
+
+
+def _carry_out(job: _Job, world: World) -> tuple[list[VariantReport], list[Measured]]:
+    """Make and measure every variant, with the other processes."""
+    from llamero.quantize.measure import measure_together
+    from llamero.quantize.run import run
+
+    places = job.partial
+    reports = run(
+        job.config,
+        model=job.model,
+        out=lambda variant: places[variant.name],
+        tokens=job.tokens,
+        world=world,
+        keep_in=job.out,
+        progress=job.progress,
+    )
+    original = (job.model.name, job.model)
+    return reports, measure_together(job.texts, original=original, variants=places, world=world)
+
+
+def _say_needs(config: QuantizeConfig, directory: Path, drawn: Drawn) -> None:
+    """Say how much memory and disk it takes."""
+    from llamero.model.load import load_config
+    from llamero.quantize.needs import needs
+
+    about = needs(load_config(directory), [len(ids) for ids in drawn.sequences], config)
+    disk = about.file + (about.kept if config.calibration.keep else 0)
+    each = " in each process" if environment.size() > 1 else ""
+    said = f"about {size(about.memory)} of memory{each}"
+    out.print(f"calibration takes {said}" + (f", {size(disk)} of disk beside the variants" if disk else ""))
+
+
+def _say(prepared: _Prepared, reports: Sequence[VariantReport], outcome: measured.Outcome) -> None:
+    """Say what was made, of what, and how near it is to the original."""
+    _say_calibration(prepared.drawn)
     passed = "statistics of an earlier run were used" if reports[0].reused else "one pass through the model"
-    out.print(f"{passed}, in {reports[0].compute}")
-    measured.say(reports, texts, outcome)
+    shared = f", shared by {environment.size()} processes" if environment.size() > 1 else ""
+    out.print(f"{passed}{shared}, in {reports[0].compute}")
+    measured.say(reports, prepared.texts, outcome)
     _say_escalated(reports)
     for report in reports:
         for note in report.notes:
             out.print(f"note: {report.variant.name}: {note}", highlight=False, markup=False, soft_wrap=True)
-    say_left_out(left)
-    out.print(f"written to {out_dir}", soft_wrap=True)
-    if not all(verdict.published for verdict in outcome.verdicts.values()):
-        raise SystemExit(1)
+    say_left_out(prepared.left)
+    out.print(f"written to {prepared.job.out}", soft_wrap=True)
 
 
 PLACING = "placing"

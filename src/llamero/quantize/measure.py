@@ -22,6 +22,7 @@ from llamero.infer.score import KL_PROTOCOL, Tally
 from llamero.infer.texts import Text, first_documents, of_file, of_ids
 from llamero.model.layered import Layered
 from llamero.model.load import load_config
+from llamero.parallel.world import World
 from llamero.quantize.config import CalibrationSource, source_of
 from llamero.quantize.gate import Measure, Measured, Reading
 from llamero.quantize.sequences import token_ids
@@ -108,6 +109,27 @@ def measure(
             yield Measured(name, problem=error.problem, seconds=time.perf_counter() - began)
             continue
         yield Measured(name, _readings(texts, tallies, beside=True), seconds=time.perf_counter() - began)
+
+
+def measure_together(
+    texts: Sequence[Text], *, original: tuple[str, Path], variants: Mapping[str, Path], world: World
+) -> list[Measured]:
+    """Return what `measure` yields; several processes have variants of their own, and each walks the original.
+
+    Args:
+        texts: The texts; without any nothing is measured.
+        original: As of `measure`.
+        variants: As of `measure`.
+        world: The processes, all of which call this.
+    """
+    if not texts:
+        return []
+    mine = {name: variants[name] for name in list(variants)[world.rank :: world.size]}
+    with world.missing_named():
+        with world.together():
+            own = list(measure(texts, original=original, variants=mine, device=world.device))
+        found = {each.name: each for some in reversed(world.gather(own)) for each in some}
+    return [found[name] for name in (original[0], *variants)]
 
 
 def _readings(texts: Sequence[Text], tallies: Sequence[Tally], *, beside: bool) -> tuple[Reading, ...]:

@@ -17,11 +17,13 @@ from llamero.checkpoint import hf, loaders, packed
 from llamero.checkpoint.gguf_names import to_gguf
 from llamero.checkpoint.imatrix import Imatrix, write_imatrix
 from llamero.core import artifact
+from llamero.core import world as environment
 from llamero.core.artifact import Identity
 from llamero.core.errors import LlameroError
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Block, Llama
 from llamero.model.load import DTYPES, EMBEDDING, HEAD, empty_model, load_config, stored_names
+from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import World
 from llamero.quantize import calibrate, importance, kept, sensitivity, streams
 from llamero.quantize.calibrate import Layer
@@ -191,6 +193,21 @@ class _Work:
 
 def _importance(variant: str, layer: int | None, part: str) -> str:
     return f"importance-{variant}-{part if layer is None else f'{layer}.{part}'}"
+
+
+LONGEST = 6 * 3600
+"""Seconds that a process may keep the others waiting: longer than what it solves of one decoder layer."""
+
+
+def processes(*, device: str = "cpu", timeout: int = ParallelConfig().timeout) -> World:
+    """Return the processes that were started, however many there are, as `run` takes them.
+
+    Args:
+        device: As of `ParallelConfig`.
+        timeout: Seconds after which a process that is not heard of is missed, by name.
+    """
+    parallel = ParallelConfig(gpus=environment.size(), device=device, timeout=timeout)
+    return World(parallel, longest=max(LONGEST, timeout))
 
 
 def run(
