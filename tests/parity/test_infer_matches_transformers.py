@@ -14,8 +14,10 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
+from llamero.infer.beams import beam_search
 from llamero.infer.generate import Request, events, generate, stream
 from llamero.infer.likelihood import log_likelihoods
 from llamero.infer.sampler import Sampling, processed
@@ -75,6 +77,25 @@ def test_greedy_answers_are_those_of_transformers_alone_and_together(pair, penal
     assert [generate(pair.ours, [prompt], way)[0].ids for prompt in pair.prompts] == expected
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_beams_are_those_of_transformers(pair, penalty):
+    stop = pair.tokenizer.eos_id
+    way = Sampling(temperature=0, max_new_tokens=24, stop_ids=frozenset({stop}), repetition_penalty=penalty)
+    for prompt in pair.prompts[:3]:
+        ids = torch.tensor([prompt])
+        out = pair.theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            num_beams=4,
+            repetition_penalty=penalty,
+            pad_token_id=0,
+        )
+        theirs = [id for id in out[0, len(prompt) :].tolist() if id != 0]
+        assert beam_search(pair.ours, Request(tuple(prompt), way), beams=4) == theirs
+
+
 def test_sampled_answers_do_not_depend_on_the_batch(pair):
     way = Sampling(seed=11, temperature=0.9, top_p=0.95, top_k=50, max_new_tokens=30)
     together = generate(pair.ours, pair.prompts, way, pair.tokenizer)
@@ -106,6 +127,7 @@ def test_processed_logits_are_those_of_transformers_bit_for_bit():
             temperature=(0.3, 1.0, 1.7)[case % 3],
             top_k=(0, 1, 40, 500)[case % 4],
             top_p=(1.0, 0.9, 0.2, 0.999, 1e-4)[case % 5],
+            typical_p=(1.0, 0.95, 0.2)[case % 9 % 3],
             repetition_penalty=(1.0, 1.3, 0.8)[case % 7 % 3],
         )
         expected: torch.Tensor = RepetitionPenaltyLogitsProcessor(way.repetition_penalty)(
@@ -115,6 +137,8 @@ def test_processed_logits_are_those_of_transformers_bit_for_bit():
         if way.top_k:
             expected = TopKLogitsWarper(way.top_k)(ids, expected)
         expected = TopPLogitsWarper(way.top_p)(ids, expected)
+        if way.typical_p < 1:
+            expected = TypicalLogitsWarper(way.typical_p)(ids, cast("torch.FloatTensor", expected))
         seen = torch.zeros(3, 200, dtype=torch.bool).scatter(1, ids, True)
         assert torch.equal(processed(logits, seen, way), expected), way
 

@@ -49,6 +49,8 @@ class Event:
     """Text that became certain with it; empty without a tokenizer."""
     finish: Finish | None
     """Why the request ends here, if it does."""
+    stop_id: int | None = None
+    """The token that stops, if one did."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class _Row:
         self.said += 1
         last = self.said == self.most
         if token in self.sampling.stop_ids:
-            return Event(self.number, None, "" if self.text is None else self.text.end(), "stop")
+            return Event(self.number, None, "" if self.text is None else self.text.end(), "stop", token)
         self.pending = (token,)
         part = "" if self.text is None else self.text.add(token)
         if self.text is not None and not self.text.stopped and last:

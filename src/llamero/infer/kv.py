@@ -79,6 +79,17 @@ class PagedCache:
         self._pages[row], self._lengths[row] = [], 0
         return row
 
+    def copy(self, row: int) -> int:
+        """Begin a row with all that another one has cached, and return its number."""
+        self._grow(len(self._pages[row]))
+        other = self.add()
+        self._pages[other] = [self._free.pop() for _ in self._pages[row]]
+        self._lengths[other] = self._lengths[row]
+        for pools in self._pools:
+            for pool in pools:
+                pool[self._pages[other]] = pool[self._pages[row]]
+        return other
+
     def remove(self, row: int) -> None:
         """Forget a row; its pages are free again."""
         self._free.extend(reversed(self._pages.pop(row)))

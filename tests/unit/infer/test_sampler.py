@@ -1,5 +1,7 @@
 """Choosing a token: what is allowed, what the seed decides, and that draws follow the probabilities."""
 
+import math
+
 import pytest
 import torch
 
@@ -23,6 +25,8 @@ def kept(**options):
         {"top_p": 1.1},
         {"top_k": -1},
         {"repetition_penalty": 0.0},
+        {"typical_p": 0.0},
+        {"min_new_tokens": -1},
         {"seed": -1},
         {"max_new_tokens": 0},
         {"stop_strings": ("a", "")},
@@ -46,6 +50,24 @@ def test_top_k_keeps_ties():
 def test_top_p_keeps_at_least_the_likeliest():
     assert kept(top_p=1e-6) == [0]
     assert kept(top_p=1.0) == [0, 1, 2, 3, 4]
+
+
+def test_typical_keeps_what_surprises_as_expected():
+    """By hand: probabilities .5, .2, .1 …: the likeliest token says less than what is expected (1.3 nats)."""
+    logits = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]]).log()
+    entropy = -sum(p * math.log(p) for p in (0.5, 0.2, 0.1, 0.1, 0.1))
+    nearest = min(range(5), key=lambda i: abs(-float(logits[0, i]) - entropy))
+    assert nearest == 1
+    found = processed(logits, None, Sampling(typical_p=0.1))[0]
+    assert [i for i in range(5) if found[i] > -1e9] == [1]
+    found = processed(logits, None, Sampling(typical_p=0.6))[0]
+    assert [i for i in range(5) if found[i] > -1e9] == [0, 1]
+
+
+def test_ends_do_not_come_too_early():
+    sampler = Sampler(Sampling(temperature=0, min_new_tokens=2, stop_ids=frozenset([0, 99])), [], 5)
+    assert [sampler.choose(LOGITS) for _ in range(3)] == [1, 1, 0]
+    assert not sampler.plain
 
 
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
