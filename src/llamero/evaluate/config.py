@@ -188,8 +188,56 @@ class SamplesTask(_Task):
     """Which models."""
 
 
+class SamplingTask(_Task):
+    """A sampling report: what the model says to many prompts, sampled in several ways, in OpenAssistant's layout."""
+
+    tasks: Literal["sampling"]
+    """Name of the task."""
+    prompts: str | None = None
+    """File of prompts, a JSON string on each line (`.gz` too), relative to the recipe."""
+    config: str | None = None
+    """File of configurations (`noprefix2.json` …), relative to the recipe."""
+    replay: str | None = None
+    """A published report: its prompts, configurations and arguments are taken, and `config` only for what stands around
+    a prompt."""
+    mode: Literal["auto", "legacy", "v2", "v2_5", "v3", "chatml", "template"] = "auto"
+    """How prompts are written: as OpenAssistant's program of that mode did, or with the chat `template`; `auto` is
+    `template` where there is one, else `legacy`. A replay has its report's."""
+    num_samples: int = Field(default=2, gt=0)
+    """Outputs of each prompt and configuration that draws; greedy ones are one. A replay has its report's."""
+    seed: int = Field(default=42, ge=0)
+    """Of all draws; each output has a seed of its own that comes of it. A replay has its report's."""
+    limit: int | None = Field(default=None, gt=0)
+    """Prompts to take, from the first; all by default."""
+    models: list[str] = ["final"]
+    """Which models."""
+
+    _paths = frozenset({"prompts", "config", "replay"})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the files of prompts and configurations, and the report."""
+        given = {"prompts": self.prompts, "configurations": self.config, "report": self.replay}
+        return {role: path for role, path in given.items() if path is not None}
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the result: the report says what its files were called, and is called after one."""
+        return {**super().decides(), "called": [self.prompts, self.config]}
+
+    @model_validator(mode="after")
+    def _something_to_say(self) -> Self:
+        if self.replay is None and (self.prompts is None or self.config is None):
+            raise ValueError(
+                "give `prompts` and `config` (--prompts FILE --config FILE), or `replay` (--replay REPORT)"
+            )
+        own = {"prompts", "mode", "num_samples", "seed"} & self.model_fields_set
+        if self.replay is not None and own:
+            raise ValueError(f"a replay takes `{min(own)}` from its report: leave it out")
+        return self
+
+
 EvaluateConfig = Annotated[
-    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask, Field(discriminator="tasks")
+    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask | SamplingTask, Field(discriminator="tasks")
 ]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
 `TASKS` of evaluate/run.py, how cards print what it measures in `PRINTED` of publish/measurements.py, a test."""

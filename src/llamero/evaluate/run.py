@@ -11,12 +11,13 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import ask, wikitext
+from llamero.evaluate import ask, sampling, wikitext
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
     PerplexityTask,
     SamplesTask,
+    SamplingTask,
     ToyWorldTask,
     WikitextTask,
 )
@@ -132,10 +133,10 @@ def _wikitext(task: WikitextTask, subject: Subject) -> list[Result]:
 
 
 def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
-    sampling = Sampling(temperature=0, max_new_tokens=task.max_new_tokens)
+    greedy = Sampling(temperature=0, max_new_tokens=task.max_new_tokens)
     said = []
     for prompt in task.prompts:
-        pieces = Chat(subject.model, subject.tokenizer, template=subject.template).answer(prompt, sampling)
+        pieces = Chat(subject.model, subject.tokenizer, template=subject.template).answer(prompt, greedy)
         said.append({"prompt": prompt, "answer": "".join(pieces).strip()})
     result = subject.result("samples", {}, f"greedy, at most {task.max_new_tokens} tokens")
     return [replace(result, samples=tuple(said))]
@@ -147,5 +148,6 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     WikitextTask: _wikitext,
     H4Task: ask.run,
     SamplesTask: _samples,
+    SamplingTask: sampling.run,
 }
 """Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""

@@ -14,13 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from llamero.core import files, progress
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.core.journal import Journal
 from llamero.corpus import sampling_reports
 from llamero.corpus.sampling_reports import Asked, Configuration, Outputs, Report
 from llamero.infer.beams import beam_search
-from llamero.infer.context import context_length
+from llamero.infer.context import context_length, device_of
 from llamero.infer.generate import Request, events
 from llamero.infer.sampler import Sampling
 from llamero.text.messages import Message
@@ -29,6 +31,9 @@ from llamero.text.render import generation_config, render
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from llamero.core.results import Result
+    from llamero.evaluate.config import SamplingTask
+    from llamero.evaluate.subject import Subject
     from llamero.model.llama import Llama
     from llamero.text.tokenizer import Tokenizer
 
@@ -441,3 +446,39 @@ def replayed(report: Path, *, config: Path | None, limit: int | None) -> Plan:
         stem=Path(str(args.get("config", "replay"))).stem,
         ends_in_newline=published.ends_in_newline,
     )
+
+
+def run(task: SamplingTask, subject: Subject) -> list[Result]:
+    """Make a report of one model, and write it into its directory of work, or where the program runs."""
+    plan, work = _plan(task, subject), subject.work or Path()
+    writer = Writer(plan.args["mode"], subject.tokenizer, subject.template)
+    made = make(plan, subject.model, writer, name=subject.name, work=work)
+    path = write(made, plan, work)
+    protocol = (
+        f"{len(plan.prompts)} prompts, mode {writer.mode}, {', '.join(each.name for each in plan.configurations)}"
+    )
+    protocol += f"; {plan.num_samples} samples where it draws, top_k {TOP_K} where none is said"
+    about = {"report": path.name, "seed": plan.seed, "replay": task.replay is not None}
+    return [subject.result("sampling", {}, protocol, notes=made.notes, **about)]
+
+
+def _plan(task: SamplingTask, subject: Subject) -> Plan:
+    config = None if task.config is None else subject.root / task.config
+    if task.replay is not None:
+        return replayed(subject.root / task.replay, config=config, limit=task.limit)
+    assert task.prompts is not None  # held by the task
+    assert task.config is not None
+    assert config is not None
+    own = subject.template != "auto" or subject.tokenizer.chat_template is not None
+    plan = planned(
+        prompts=subject.root / task.prompts,
+        config=config,
+        called=(task.prompts, task.config),
+        mode=("template" if own else "legacy") if task.mode == "auto" else task.mode,
+        num_samples=task.num_samples,
+        seed=task.seed,
+        limit=task.limit,
+    )
+    weight = subject.model.model.norm.weight
+    here = {"device": device_of(subject.model).type, "num_threads": torch.get_num_threads()}
+    return replace(plan, args={**plan.args, **here, "half": weight.dtype == torch.float16})

@@ -22,6 +22,7 @@ from llamero.evaluate.config import (
     H4Task,
     PerplexityTask,
     SamplesTask,
+    SamplingTask,
     ToyWorldTask,
     WikitextTask,
 )
@@ -376,26 +377,33 @@ class _Tiny:
                     return False
                 for key, before, most in (("limit", task.limit, QUESTIONS), ("subjects", task.subjects, 1)):
                     said.put(key, before, min(before or most, most))
-            case PerplexityTask():
-                texts = {name: path for name, path in task.texts.items() if self.here(path)}
-                if not texts and not task.validation:
-                    return False
-                said.put("texts", task.texts, texts, "the others are not here")
-                said.most("window", task.window, SEQUENCE)
-                said.most("stride", task.stride, SEQUENCE // 2)
-                said.put("tokens", task.tokens, min(task.tokens or CALIBRATION, CALIBRATION))
-            case WikitextTask():
-                texts = {name: path for name, path in task.texts.items() if self.here(path)}
-                if not texts:
-                    return False
-                said.put("texts", task.texts, texts, "the others are not here")
-                said.put("max_length", task.max_length, None, "the tiny model's own")
-                said.put("limit", task.limit, 1)
+            case PerplexityTask() | WikitextTask():
+                return self._small_texts(task, said)
             case ToyWorldTask():
                 said.most("per_category", task.per_category, QUESTIONS)
             case SamplesTask():
                 said.put("prompts", task.prompts, task.prompts[:QUESTIONS])
                 said.most("max_new_tokens", task.max_new_tokens, NEW_TOKENS)
+            case SamplingTask():
+                if not all(self.here(path) for path in task.files.values()):
+                    return False
+                said.put("limit", task.limit, 1)
+        return True
+
+    def _small_texts(self, task: PerplexityTask | WikitextTask, said: _Keys) -> bool:
+        """Shrink a task that reads texts; return whether there are any."""
+        texts = {name: path for name, path in task.texts.items() if self.here(path)}
+        if not texts and not (isinstance(task, PerplexityTask) and task.validation):
+            return False
+        said.put("texts", task.texts, texts, "the others are not here")
+        if isinstance(task, WikitextTask):
+            said.put("max_length", task.max_length, None, "the tiny model's own")
+            said.put("limit", task.limit, 1)
+        else:
+            said.most("window", task.window, SEQUENCE)
+            if "stride" in task.model_fields_set or task.protocol == "window":
+                said.most("stride", task.stride, SEQUENCE // 2)
+            said.put("tokens", task.tokens, min(task.tokens or CALIBRATION, CALIBRATION))
         return True
 
 
