@@ -42,6 +42,14 @@ def evaluate(
     requests: Path | None = None,
     text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
     prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
+    prompts: str | None = None,
+    config: str | None = None,
+    replay: str | None = None,
+    mode: Literal["auto", "legacy", "v2", "v2_5", "v3", "chatml", "template"] | None = None,
+    num_samples: int | None = None,
+    seed: int | None = None,
+    report: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
+    html: Path | None = None,
     limit: Annotated[int | None, Parameter(converter=_whole)] = None,
     subjects: int | None = None,
     truthfulqa: Literal["2021", "later"] | None = None,
@@ -60,7 +68,8 @@ def evaluate(
     ----------
     tasks
         What to measure, with commas between: h4, openllm, arc_challenge, hellaswag, mmlu, truthfulqa_mc, winogrande,
-        gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, samples, toy_world.
+        gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, samples, sampling,
+        toy_world.
     compat
         Whose prompts, few-shot draws, BOS rule and averages (h4 and its parts): those of the scores published in
         2023 by default, or those of today's lm-eval.
@@ -72,8 +81,25 @@ def evaluate(
         Text file to measure perplexity on (perplexity, wikitext); may be given several times.
     prompt
         What to say to the model (samples); may be given several times.
+    prompts
+        File of prompts, a JSON string on each line (sampling).
+    config
+        File of configurations (sampling).
+    replay
+        Published report whose prompts and configurations are sampled again; --config then gives what stands around a
+        prompt (sampling).
+    mode
+        How prompts are written (sampling): with the model's chat template where there is one, else `legacy`.
+    num_samples
+        Outputs of each prompt and configuration that draws, 2 by default (sampling).
+    seed
+        Of all draws, 42 by default (sampling).
+    report
+        Sampling reports to show side by side on one page (--html FILE); no model is read.
+    html
+        Where that page is written to.
     limit
-        Questions of each task.
+        Questions of each task; pages of wikitext; prompts of sampling.
     subjects
         MMLU subjects to take, the first ones by name.
     truthfulqa
@@ -98,11 +124,19 @@ def evaluate(
     """
     from llamero.evaluate.config import several
 
+    if report or html is not None:
+        _write_page(report, html)
+        return
     given: dict[str, object] = {
         "compat": compat,
         "data": data if data is None or data == HUB else str(Path(data).resolve()),
         "texts": {path.name: str(path.resolve()) for path in text} or None,
-        "prompts": list(prompt) or None,
+        "prompts": prompts or list(prompt) or None,
+        "config": config,
+        "replay": replay,
+        "mode": mode,
+        "num_samples": num_samples,
+        "seed": seed,
         "limit": limit,
         "subjects": subjects,
         "truthfulqa": truthfulqa,
@@ -121,6 +155,16 @@ def evaluate(
     if model is None:
         raise LlameroError("which model?", fix="give a directory, a GGUF file or owner/name of the hub")
     _measure(model, wanted, template, work=out_dir, json=json)
+
+
+def _write_page(reports: Sequence[Path], to: Path | None) -> None:
+    """Show reports side by side."""
+    from llamero.evaluate import sampling_page
+
+    if to is None:
+        raise LlameroError("where is the page to go?", fix="give --html FILE")
+    prompts = sampling_page.write(reports, to)
+    out.print(f"{len(reports)} reports, {prompts} prompts: open {to} in a browser", highlight=False, soft_wrap=True)
 
 
 def _write_requests(path: Path, wanted: Sequence[EvaluateConfig]) -> None:
@@ -158,5 +202,9 @@ def _measure(
             for result in measure(task, model=directory, name=model, template=template, root=Path(), work=work)
         ]
     say_results(found)
+    for result in found:
+        if "report" in result.inputs:
+            where = (work or Path()) / result.inputs["report"]
+            out.print(f"report: {where}", highlight=False, soft_wrap=True)
     if json is not None:
         write_file(json, found)
