@@ -12,7 +12,9 @@ from llamero.infer.context import context_length, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
+    from llamero.infer.finished import Others
     from llamero.infer.generate import Completion
     from llamero.infer.sampler import Sampling
     from llamero.infer.score import Pair, Scored, Softmax
@@ -64,10 +66,19 @@ class OwnEngine:
     Args:
         model: The model.
         tokenizer: Of the model; without it answers are ids alone, and there are no stop strings.
+        kept: Directory where scores are kept as they come, so that a run that was killed goes on.
+        others: Processes that share the scoring: each is asked the same and returns all of it, the same bits as one.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer | None = None,
+        *,
+        kept: Path | None = None,
+        others: Others | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self._kept, self._others = model, tokenizer, kept, others
 
     @property
     def context(self) -> int:
@@ -78,7 +89,8 @@ class OwnEngine:
         self, requests: Sequence[Pair], *, max_length: int | None = None, softmax: Softmax = "float32"
     ) -> list[Scored]:
         """Return log-likelihoods, see `Engine.score`."""
-        return likelihood.log_likelihoods(self.model, requests, max_length=max_length, softmax=softmax)
+        how = {"kept": self._kept, "others": self._others}
+        return likelihood.log_likelihoods(self.model, requests, max_length=max_length, softmax=softmax, **how)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Return answers, see `Engine.generate`."""

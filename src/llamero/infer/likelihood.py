@@ -8,9 +8,9 @@ same bits as one process does.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from llamero.core import progress
 from llamero.core.errors import LlameroError
 from llamero.infer import prefix_tree
 from llamero.infer.context import context_length, device_of, rope_length
-from llamero.infer.finished import Finished, Part, fingerprint
+from llamero.infer.finished import Finished, Others, Part, fingerprint
 from llamero.infer.path_cache import PathCache, bytes_needed
 from llamero.infer.prefix_tree import PrefixTree, Range, Sequences
 from llamero.infer.score import Pair, Scored, Softmax, token_log_probs
@@ -30,17 +30,6 @@ from llamero.model.llama import Llama
 
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a forward pass, by the device's type; others are as the CPU."""
-
-
-class Others(Protocol):
-    """The processes that share the work; `llamero.parallel.world.World` is one."""
-
-    rank: int
-    size: int
-
-    def gather(self, value: list[tuple[int, Part]]) -> list[list[tuple[int, Part]]]:
-        """Return what every process has to say."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ def prepare(config: LlamaConfig, requests: Sequence[Pair], *, pass_tokens: int, 
     sequences: list[Sequences] = []
     places, lost, first = [], [], []
     for number, (context, continuation) in enumerate(requests):
-        ids, cut = _whole(config, context, continuation, limit, f"request {number}")
+        ids, cut = whole(context, continuation, limit=limit, vocabulary=config.vocab_size, where=f"request {number}")
         key = ids.tobytes(), len(continuation)
         if key not in unique:
             unique[key] = len(sequences)
@@ -100,10 +89,21 @@ def prepare(config: LlamaConfig, requests: Sequence[Pair], *, pass_tokens: int, 
     return Work(tree, tuple(tree.passes(pass_tokens)), tuple(places), tuple(lost), tuple(first))
 
 
-def _whole(
-    config: LlamaConfig, context: Sequence[int], continuation: Sequence[int], limit: int, where: str
+def whole(
+    context: Sequence[int], continuation: Sequence[int], *, limit: int, vocabulary: int | None, where: str
 ) -> tuple[prefix_tree.Ids, int]:
-    """Return the ids of a request, and how many its context lost; the last token is not fed to the model."""
+    """Return the ids of a request, and how many of them its context lost on its left.
+
+    Args:
+        context: Ids.
+        continuation: Ids; the last of them is not fed to the model.
+        limit: Tokens that the model sees at a time.
+        vocabulary: Rows that it has for tokens; `None` where nobody knows.
+        where: What errors call the request.
+
+    Raises:
+        LlameroError: It cannot be scored.
+    """
     if not len(continuation):
         raise LlameroError("the continuation is empty: there is nothing to score", where=where)
     if not len(context):
@@ -118,10 +118,10 @@ def _whole(
             f"the continuation has {len(continuation)} tokens, the model sees {limit} at a time", where=where
         )
     ids = np.array([*context, *continuation], dtype=np.int64)
-    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
+    wrong = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[ids < 0]
     if len(wrong):
         raise LlameroError(
-            f"token {wrong[0]} is outside the model's vocabulary of {config.vocab_size}",
+            f"token {wrong[0]} is outside the model's vocabulary of {vocabulary}",
             where=where,
             fix="use the tokenizer that belongs to the model",
         )
@@ -160,8 +160,10 @@ def log_likelihoods(
     dtype = model.model.norm.weight.dtype
     tokens = pass_tokens or PASS_TOKENS.get(device_of(model).type, PASS_TOKENS["cpu"])
     work = prepare(model.config, requests, pass_tokens=tokens, max_length=max_length)
-    with Finished(kept, _identity(model, work, softmax), others) as finished:
-        own = _own_share(work, finished, others)
+    together = nullcontext() if others is None else others.together()
+    finished = Finished(kept, _identity(model, work, softmax), others)
+    own = _own_share(work, finished, others)
+    with together:
         for number, part in _walk(model, work, own, softmax):
             _refuse_nan(work, part)
             finished.add(number, part)

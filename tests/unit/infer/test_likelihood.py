@@ -3,6 +3,7 @@
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from types import SimpleNamespace
 
@@ -139,7 +140,7 @@ def forest_of_requests(seed, requests=40):
     return made
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_trees_are_scored_as_one_request_at_a_time(model, seed, monkeypatch):
     requests, tokens = forest_of_requests(seed), counted(model, monkeypatch)
     for pass_tokens in (7, 64, 1000):
@@ -194,7 +195,7 @@ def kill_after(passes, monkeypatch):
     monkeypatch.setattr(likelihood, "_walk", ended)
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 7])
+@pytest.mark.parametrize("after", [1, 4])
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bits(model, tmp_path, monkeypatch, after):
     requests = forest_of_requests(3, requests=60)
     whole = log_likelihoods(model, requests, pass_tokens=16)
@@ -205,7 +206,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bits(model, tmp_pa
     (file,) = tmp_path.glob("*/0.jsonl")
     assert len(file.read_text().splitlines()) == after
     with file.open("a") as broken:
-        broken.write("[9, [1, 2")  # half a line
+        broken.write('{"pass": 9, "places": [1, 2')  # half a line
     tokens = counted(model, monkeypatch)
     assert log_likelihoods(model, requests, pass_tokens=16, kept=tmp_path) == whole
     passes = len(prepare(model.config, requests, pass_tokens=16).passes)
@@ -249,7 +250,9 @@ class Meeting:
 
 
 def shared(model, requests, meeting, rank):
-    others = SimpleNamespace(rank=rank, size=meeting.size, gather=lambda value: meeting.gather(rank, value))
+    others = SimpleNamespace(
+        rank=rank, size=meeting.size, gather=lambda value: meeting.gather(rank, value), together=nullcontext
+    )
     return log_likelihoods(model, requests, pass_tokens=16, others=others)
 
 
