@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App
 
-from llamero.cli import convert, data, evaluate, launch, plan, quantize, release, talk
+from llamero.cli import convert, data, evaluate, launch, lm_eval, plan, quantize, release, talk
 from llamero.cli.display import err, say_error
 from llamero.core import world
 from llamero.core.errors import LlameroError
@@ -44,6 +44,7 @@ for command in (
     launch.launch,
 ):
     app.command(command)
+app.command(lm_eval.lm_eval, name="lm-eval", help_flags=())
 app.command(data.app)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from rich.table import Table
 
 from llamero.cli.display import Bars, out, say_results
 from llamero.cli.options import OutDir, import_uninterrupted
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from llamero.evaluate.config import EvaluateConfig
 
 HUB = "hub"
+SHOWN = 60
+"""Characters of a differing value that are printed."""
 
 
 def _whole(type_: object, tokens: Sequence[Token]) -> int:
@@ -40,6 +44,8 @@ def evaluate(
     compat: Literal["leaderboard-2023", "lm-eval"] | None = None,
     data: str | None = None,
     requests: Path | None = None,
+    diff: tuple[Path, Path] | None = None,
+    tolerance: float | None = None,
     text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
     prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
     prompts: str | None = None,
@@ -77,6 +83,11 @@ def evaluate(
         Directory of the benchmark files (for h4 and its parts), or `hub`: fetched once, then kept in its cache.
     requests
         Write the requests of the tasks to this file, as JSON lines, and end: no model is read.
+    diff
+        Compare two runs sample by sample, given the directories of --out or their files: which samples differ, in
+        what, and what that does to the scores. Exit code 1 if any does.
+    tolerance
+        Nats that a log-likelihood may differ by in --diff, 0.001 by default.
     text
         Text file to measure perplexity on (perplexity, wikitext); may be given several times.
     prompt
@@ -127,6 +138,9 @@ def evaluate(
     if report or html is not None:
         _write_page(report, html)
         return
+    if diff is not None:
+        _compare(*diff, tolerance)
+        return
     given: dict[str, object] = {
         "compat": compat,
         "data": data if data is None or data == HUB else str(Path(data).resolve()),
@@ -165,6 +179,33 @@ def _write_page(reports: Sequence[Path], to: Path | None) -> None:
         raise LlameroError("where is the page to go?", fix="give --html FILE")
     prompts = sampling_page.write(reports, to)
     out.print(f"{len(reports)} reports, {prompts} prompts: open {to} in a browser", highlight=False, soft_wrap=True)
+
+
+def _compare(a: Path, b: Path, tolerance: float | None) -> None:
+    """Say how two runs differ; exit code 1 if they do."""
+    from llamero.evaluate import diff
+
+    found = diff.compare(a, b, tolerance=diff.TOLERANCE if tolerance is None else tolerance)
+    for name, one, other in found.settings:
+        out.print(f"{name}: {one} | {other}", highlight=False, soft_wrap=True, markup=False)
+    table = Table("task", "samples", "only in A", "only in B", "other prompt", "other value", "largest Δ", "score")
+    for task in found.tasks:
+        effects = [f"{e.metric} {e.a:.4f} → {e.b:.4f} ({e.changed} of {e.documents})" for e in task.effects]
+        counts = (task.both, task.only_a, task.only_b, task.prompts, task.values)
+        table.add_row(task.task, *map(str, counts), f"{task.largest:.2g}", "\n".join(effects))
+    out.print(table)
+    for task in found.tasks:
+        for sample in task.first:
+            place = f"{task.task}, document {sample.key.doc}, choice {sample.key.choice}"
+            text = f"{place}: {sample.what} {_short(sample.a)} | {_short(sample.b)}"
+            out.print(text, highlight=False, soft_wrap=True, markup=False)
+    out.print("they differ" if found.differs else "the same, sample by sample", highlight=False)
+    if found.differs:
+        sys.exit(1)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _write_requests(path: Path, wanted: Sequence[EvaluateConfig]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llamero.checkpoint import hf
 from llamero.checkpoint.gguf_names import generation_config
@@ -71,14 +72,24 @@ def sampling_of(directory: Path, asked: Mapping[str, float], *, max_new_tokens: 
         max_new_tokens: Longest answer.
         seed: Of the draws.
     """
-    path, in_gguf = directory / "generation_config.json", gguf.find(directory)
-    if in_gguf is not None:
-        written = generation_config(gguf.read_header(in_gguf).metadata)
-    else:
-        written = hf.read_json(path) if path.exists() else {}
+    written = _generation_config(directory)
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
     said = {key: written[key] for key in keys if written.get(key) is not None}
     return Sampling(max_new_tokens=max_new_tokens, seed=seed, **{"temperature": 0.7, **said, **asked})
+
+
+def ends_of(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's own, and those that generation_config.json names."""
+    said = _generation_config(directory).get("eos_token_id")
+    named = said if isinstance(said, list) else [said]
+    return frozenset(id for id in (*named, tokenizer.eos_id) if id is not None)
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    path, in_gguf = directory / "generation_config.json", gguf.find(directory)
+    if in_gguf is not None:
+        return generation_config(gguf.read_header(in_gguf).metadata)
+    return hf.read_json(path) if path.exists() else {}
 
 
 def _text(said: str) -> str:

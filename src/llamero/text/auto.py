@@ -111,6 +111,24 @@ class ModelTemplate:
         return _Answer(len(prompt), said.stop + sum(map(len, rest[: closing + 1])), index)
 
 
+def written(
+    source: str, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool, today: date | None
+) -> str:
+    """Return what a Jinja writes of a conversation, whoever speaks when: nothing is checked but by the Jinja itself.
+
+    Args:
+        source: The Jinja.
+        messages: The conversation.
+        tokenizer: Whose special tokens it names.
+        add_generation_prompt: Open an answer.
+        today: What it is told if it writes the date; None refuses that.
+
+    Raises:
+        LlameroError: It refuses the conversation, or is no Jinja.
+    """
+    return _Writer(ModelTemplate(source, today), tokenizer)(messages, add_generation_prompt)
+
+
 def auto_template(tokenizer: Tokenizer, *, today: date | None = None) -> ModelTemplate:
     """The model's own template.
 
