@@ -251,7 +251,7 @@ def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
         given: Options that were given.
     """
     kinds = _kinds()
-    subject = next((name.removeprefix(prefix) for prefix in ("hendrycksTest-", "mmlu_") if name.startswith(prefix)), "")
+    subject = _subject(name)
     if subject and "subjects" not in given:
         name, given = "mmlu", {**given, "subjects": [subject]}
     if name not in kinds:
@@ -272,6 +272,12 @@ def several(names: str, given: Mapping[str, object]) -> list[EvaluateConfig]:
         given: Options that were given; one that none of the tasks has is refused.
     """
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    subjects = [subject for name in wanted if (subject := _subject(name))]
+    if subjects:  # one task
+        if "subjects" in given or "mmlu" in wanted:
+            raise LlameroError("subjects of MMLU are named twice", fix="name `mmlu`, or its subjects")
+        given = {**given, "subjects": subjects}
+        wanted = list(dict.fromkeys("mmlu" if _subject(name) else name for name in wanted))
     if len(wanted) < 2:
         return [named(wanted[0] if wanted else names, given)]
     kinds = _kinds()
@@ -283,6 +289,12 @@ def several(names: str, given: Mapping[str, object]) -> list[EvaluateConfig]:
         named(name, {key: value for key, value in given.items() if key in mine})
         for name, mine in zip(wanted, fields, strict=True)
     ]
+
+
+def _subject(name: str) -> str:
+    """Return the subject of MMLU that is named, as the harness of 2023 or today's does; else nothing."""
+    prefixes = ("hendrycksTest-", "mmlu_")
+    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), "")
 
 
 def _kinds() -> dict[str, type[_Task]]:
