@@ -24,13 +24,15 @@ from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
 from llamero.evaluate.config import EvaluateConfig
 from llamero.quantize.config import AFTERWARDS, CalibrationSource, QuantizeConfig
-from llamero.quantize.gate import Measured, Verdict, judge
+from llamero.quantize.gate import Measure, Measured, Verdict, judge
 from llamero.recipe.fit import refuse_what_does_not_fit, without_misfits
 from llamero.recipe.schema import Recipe, ScratchConfig
 
 if TYPE_CHECKING:
+    from llamero.infer.texts import Text
     from llamero.publish.release import Gate
     from llamero.quantize.sequences import Drawn
+    from llamero.text.tokenizer import Tokenizer
 
 Builds = Mapping[str, Build]
 
@@ -46,6 +48,8 @@ class Stage:
     """Makes those that are missing."""
     together: bool = False
     """Whether all processes of a run make it, each a part; else the first does while the others wait."""
+    by_any_number: bool = False
+    """Whether it does not matter how many they are; training wants those that the recipe says."""
     wanted: Callable[[], bool] = lambda: True
     """Asked when the stages before it are made: whether it is to be made at all."""
     passing: tuple[Path, ...] = ()
@@ -285,22 +289,27 @@ class Plan:
         progress = self.out / f"quantize-{name[: artifact.DIGITS]}.progress"
 
         def make(builds: Builds) -> None:
-            from llamero.quantize.run import run
+            from llamero.quantize.run import processes, run
 
-            drawn = self._calibration(config)
+            team = processes(timeout=self.recipe.parallel.timeout)
+            with team.together():
+                drawn = self._calibration(config) if team.speaks else None
+            drawn = team.told(drawn)
+            assert drawn is not None
             imatrix = config.imatrix and self.root / config.imatrix
             reports = run(
                 config.model_copy(update={"variants": tuple(builds), "imatrix": imatrix}),
                 model=self.path("final"),
                 out=lambda variant: builds[variant.name].path,
                 tokens=drawn.sequences,
+                world=team,
                 keep_in=self.out,
                 progress=progress,
             )
             for report in reports:
                 builds[report.variant.name].summary = report.to_json() | {"calibration": drawn.to_json()}
 
-        self.stages.append(Stage("quantize", identities, make, passing=(progress,)))
+        self.stages.append(Stage("quantize", identities, make, together=True, by_any_number=True, passing=(progress,)))
 
     def _variant(self, config: QuantizeConfig, name: str) -> Identity:
         said = config.model_dump(mode="json", exclude={"variants", "calibration", "imatrix", *AFTERWARDS})
@@ -366,29 +375,35 @@ class Plan:
         }
 
         def make(builds: Builds) -> None:
-            from llamero.quantize.measure import measure as run
-            from llamero.quantize.measure import refuse_what_was_calibrated_on, results_of, texts_to_measure_on
+            from llamero.quantize.measure import measure_together, results_of
+            from llamero.quantize.run import processes
             from llamero.text.tokenizer import load_tokenizer
 
+            team = processes(timeout=self.recipe.parallel.timeout)
             tokenizer = load_tokenizer(self.path("final"))
-            texts = texts_to_measure_on(
-                measure,
-                tokenizer,
-                model=self.path("final"),
-                root=self.root,
-                mixtures={name: self.data[name].path(self.out) for name in measure.validation},
-            )
-            refuse_what_was_calibrated_on(texts, self._calibration(config).sequences)
+            with team.together():
+                texts = self._texts(config, measure, tokenizer) if team.speaks else []
             missing = {name: self.path(name) for name in config.variants if f"measure-{name}" in builds}
-            for found in run(texts, original=(original, self.path("final")), variants=missing):
+            beside = (original, self.path("final"))
+            for found in measure_together(team.told(texts), original=beside, variants=missing, world=team):
                 build = builds.get(f"measure-{found.name}")
-                if build is not None:
+                if build is not None and team.speaks:
                     results.write(build.path, results_of(found, tokenizer=tokenizer.digest))
                     files.write_json(build.path / "seconds.json", {"seconds": found.seconds})
                     build.summary = found.to_json()
 
-        self.stages.append(Stage("measure", {identity.stage: identity for identity in gates.values()}, make))
+        made = {identity.stage: identity for identity in gates.values()}
+        self.stages.append(Stage("measure", made, make, together=True, by_any_number=True))
         return gates
+
+    def _texts(self, config: QuantizeConfig, measure: Measure, tokenizer: Tokenizer) -> list[Text]:
+        """Return the texts that variants are measured on, none of which was calibrated on."""
+        from llamero.quantize.measure import refuse_what_was_calibrated_on, texts_to_measure_on
+
+        mixtures = {name: self.data[name].path(self.out) for name in measure.validation}
+        found = texts_to_measure_on(measure, tokenizer, model=self.path("final"), root=self.root, mixtures=mixtures)
+        refuse_what_was_calibrated_on(found, self._calibration(config).sequences)
+        return found
 
     def _text(self, said: str) -> str:
         """Return the digest of a text to measure on; a published data set is named, not digested."""
@@ -612,13 +627,13 @@ def _refuse_other_processes(plan: Plan) -> None:
     """
     if plan.datasets is not None:
         return
-    trains = any(stage.together and _missing(stage, plan.out) for stage in plan.stages)
+    trains = any(stage.together and not stage.by_any_number and _missing(stage, plan.out) for stage in plan.stages)
     if trains or world.size() > 1:
         world.refuse_other_size(plan.recipe.parallel.gpus)
 
 
 def _help(plan: Plan, out: Path) -> Outcome:
-    """Do the part of a process that is not the first: take part in training, wait for all else."""
+    """Do the part of a process that is not the first: take part in training and quantizing, wait for all else."""
     _refuse_other_processes(plan)
     rows = []
     for stage in plan.stages:

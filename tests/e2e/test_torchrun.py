@@ -74,6 +74,35 @@ def test_a_recipe_on_two_processes_is_the_one_on_one(recipe, tmp_path, axis):
 
 
 @pytest.mark.slow
+def test_two_processes_quantize_to_the_bytes_of_one(recipe, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, and the dog beside it. " * 60)
+    other = tmp_path / "other.txt"
+    other.write_text("a bird sang in the tree behind the house while it rained. " * 40)
+    recipe.write_text(RECIPE.replace("hidden: 16", "hidden: 32"))
+    assert llamero(recipe, tmp_path / "model").returncode == 0
+    (base,) = (tmp_path / "model").glob("train-more-*")
+    recipe.write_text(f"""\
+name: small
+base: {base}
+template: plain
+quantize:
+  variants: [gptq-4bit-32g-actorder_True, awq-4bit-32g, rtn-8bit-32g, gguf-Q8_0]
+  calibration: {{text: {text}, sequence: 64, tokens: 512}}
+  measure: {{texts: {{other: {other}}}, tokens: 256}}
+""")
+    made = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}"
+        said = llamero(recipe, out, "--set", f"parallel.gpus={processes}", processes=processes)
+        assert said.returncode == 0, said.stderr
+        paths = [path for path in sorted(out.glob("*-*/*")) if path.is_file() and path.name != "seconds.json"]
+        made.append({str(path.relative_to(out)): path.read_bytes() for path in paths})
+    assert sum(name.startswith("measure-") for name in made[0]) > 5
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow
 def test_several_devices_without_torchrun_are_refused_with_the_line_to_use(recipe, tmp_path):
     said = llamero(recipe, tmp_path / "run", "--set", "parallel.gpus=2")
     assert said.returncode == 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
@@ -30,7 +30,8 @@ from llamero.model.llama import Block, RMSNorm
 from llamero.model.load import empty_model, load_block
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import World
-from llamero.quantize.statistics import INPUTS, Channels, Statistics, Sums, Units, units
+from llamero.quantize.agreed import AgreedSums, added_up
+from llamero.quantize.statistics import INPUTS, Channels, Statistics
 from llamero.quantize.waiting import KeptWaiting, Waiting
 
 GROUP_TOKENS = 2048
@@ -172,33 +173,16 @@ class Walk:
             flows_on: Whether they become those after it.
         """
         recorders = {name: self._recorder(f"model.layers.{number}.{name}") for name in INPUTS}
-        with self._summed(*recorders.values()), self._model.layer(number) as block, ExitStack() as hooks:
+        sums = [recorder.sums for recorder in recorders.values()]
+        with added_up(self._world, sums), self._model.layer(number) as block, ExitStack() as hooks:
             for name, recorder in recorders.items():
                 hook = block.get_submodule(name).register_forward_pre_hook(recorder.hook)
                 hooks.callback(hook.remove)
             self._run(block, waiting, flows_on=flows_on)
-        return {name: recorder.sums.statistics(recorder.where) for name, recorder in recorders.items()}
+        return {name: recorder.sums.sums.statistics(recorder.where) for name, recorder in recorders.items()}
 
     def _recorder(self, where: str, *, products: bool = True) -> _Recorder:
-        return _Recorder(where, len(self._groups), self._world, products=products)
-
-    @contextmanager
-    def _summed(self, *recorders: _Recorder) -> Iterator[None]:
-        """Let the recorders of all processes have the sums of all of them, when each has recorded what is its own.
-
-        They agree on units on the way: they meet as often as each other, whatever goes wrong on one of them.
-        """
-        with self._world.together():
-            try:
-                yield
-            except Exception:
-                for recorder in recorders:
-                    recorder.meet()
-                raise
-            for recorder in recorders:
-                recorder.meet()
-        for recorder in recorders:
-            recorder.sums.add_up(self._world)
+        return _Recorder(where, AgreedSums(where, len(self._groups), self._world, products=products))
 
     def _flow_on(self, number: int, waiting: Waiting | KeptWaiting, weights: dict[str, Callable[[], Tensor]]) -> None:
         if not weights:
@@ -231,9 +215,9 @@ class Walk:
             _current.group = self._groups[number]
             recorder.record(norm(waiting[number].to(self.device)))
 
-        with self._summed(recorder):
+        with added_up(self._world, [recorder.sums]):
             self._for_all(one)
-        return recorder.sums.channels(recorder.where)
+        return recorder.sums.sums.channels(recorder.where)
 
     def _for_all(self, one: Callable[[int], None]) -> None:
         """Call a function for every group of this process, for the first of them before the others."""
@@ -262,19 +246,10 @@ _current = local()
 
 
 class _Recorder:
-    """Sums over the inputs of one linear layer, in the units that the first group gives: one of the first process."""
+    """Takes in what flows into one linear layer."""
 
-    def __init__(self, where: str, groups: int, world: World, *, products: bool) -> None:
-        self.where, self._groups, self._world, self._products = where, groups, world, products
-        self._sums: Sums | None = None
-        self._met = False
-
-    @property
-    def sums(self) -> Sums:
-        """Return the sums."""
-        if self._sums is None:
-            raise ValueError(f"{self.where} was not run")
-        return self._sums
+    def __init__(self, where: str, sums: AgreedSums) -> None:
+        self.where, self.sums = where, sums
 
     def hook(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         """Take in what flows into a layer."""
@@ -291,20 +266,7 @@ class _Recorder:
                 where=self.where,
                 fix="see whether the model itself works; its weights may be broken",
             )
-        if not self._met:
-            self.meet(units(x, self._groups).on("cpu"))
-        if self._sums is None:
-            raise LlameroError("the first process has not seen its inputs", where=self.where)
-        self._sums.add(x)
-
-    def meet(self, own: Units | None = None) -> None:
-        """Take the units of the first process, once; where there are none, it has to say why."""
-        if self._met:
-            return
-        self._met = True
-        found = self._world.told(own)
-        if found is not None:
-            self._sums = Sums(found.on(self._world.device), products=self._products)
+        self.sums.add(x)
 
 
 def alone() -> World:

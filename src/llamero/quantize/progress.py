@@ -34,7 +34,7 @@ END = ".progress"
 REST = "rest"
 """The part of a decoder layer that is not quantized."""
 
-VERSION = 2
+VERSION = 3
 """Raised when what a run writes, or how it remembers it, changes."""
 
 

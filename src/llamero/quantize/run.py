@@ -448,19 +448,14 @@ def _sensitivity(asked: _Asked, planned: Iterable[Stream], progress: Progress) -
     some = sensitivity.some(tokens, config.sensitivity)
 
     def make(felt: Sensitivity) -> None:
-        sensitivity.measure(model, asked.shape, some, into=felt, dtype=asked.compute, device=asked.world.device)
+        sensitivity.measure(model, asked.shape, some, into=felt, dtype=asked.compute, world=asked.world)
 
     if config.calibration.keep and asked.keep_in is not None:
         statistics = kept.identity(model, tokens, dtype=asked.compute, root=asked.keep_in)
         root = asked.keep_in
     else:
         statistics = Identity("calibration", "calibration", {}, {})  # all that decides it decides the progress too
-    who = sensitivity.identity(statistics, some)
-    for first in (True, False):
-        with asked.world.together():
-            if asked.world.speaks == first:
-                found = sensitivity.kept(root, who, make)
-    return found
+    return sensitivity.kept(root, sensitivity.identity(statistics, some), make, asked.world)
 
 
 @torch.no_grad()
