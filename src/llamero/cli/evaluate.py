@@ -53,6 +53,7 @@ def evaluate(
     replay: str | None = None,
     mode: Literal["auto", "legacy", "v2", "v2_5", "v3", "chatml", "template"] | None = None,
     num_samples: int | None = None,
+    temperature: float | None = None,
     seed: int | None = None,
     report: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     html: Path | None = None,
@@ -75,12 +76,13 @@ def evaluate(
     tasks
         What to measure, with commas between: h4, openllm, arc_challenge, hellaswag, mmlu, truthfulqa_mc, winogrande,
         gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, samples, sampling,
-        toy_world.
+        humaneval, toy_world.
     compat
         Whose prompts, few-shot draws, BOS rule and averages (h4 and its parts): those of the scores published in
         2023 by default, or those of today's lm-eval.
     data
-        Directory of the benchmark files (for h4 and its parts), or `hub`: fetched once, then kept in its cache.
+        Directory of the benchmark files (for h4 and its parts, humaneval), or `hub`: fetched once, then kept in its
+        cache (h4 and its parts).
     requests
         Write the requests of the tasks to this file, as JSON lines, and end: no model is read.
     diff
@@ -102,15 +104,18 @@ def evaluate(
     mode
         How prompts are written (sampling): with the model's chat template where there is one, else `legacy`.
     num_samples
-        Outputs of each prompt and configuration that draws, 2 by default (sampling).
+        Outputs of each prompt and configuration that draws, 2 by default (sampling); answers to each problem, 1 by
+        default (humaneval).
+    temperature
+        Of the draws, greedy by default (humaneval).
     seed
-        Of all draws, 42 by default (sampling).
+        Of all draws (sampling, humaneval).
     report
         Sampling reports to show side by side on one page (--html FILE); no model is read.
     html
         Where that page is written to.
     limit
-        Questions of each task; pages of wikitext; prompts of sampling.
+        Questions of each task; pages of wikitext, prompts of sampling, problems of humaneval.
     subjects
         MMLU subjects to take, the first ones by name.
     truthfulqa
@@ -150,6 +155,7 @@ def evaluate(
         "replay": replay,
         "mode": mode,
         "num_samples": num_samples,
+        "temperature": temperature,
         "seed": seed,
         "limit": limit,
         "subjects": subjects,

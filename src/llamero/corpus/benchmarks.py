@@ -104,11 +104,15 @@ class Gsm8kRow:
 
 @dataclass(frozen=True)
 class HumanEvalRow:
-    """One HumanEval problem: signature and docstring (`prompt`), the body that solves it."""
+    """One HumanEval problem: signature and docstring (`prompt`), the body that solves it, and what checks one."""
 
     id: str
     prompt: str
     solution: str
+    test: str
+    """Source of a function `check` of the function to be checked."""
+    entry_point: str
+    """Name of that function."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,8 @@ def _gsm8k_row(row: dict[str, Any], where: str) -> Gsm8kRow:
 
 
 def _humaneval_row(row: dict[str, Any], where: str) -> HumanEvalRow:
-    return HumanEvalRow(*(_string(row, key, where) for key in ("task_id", "prompt", "canonical_solution")))
+    keys = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+    return HumanEvalRow(*(_string(row, key, where) for key in keys))
 
 
 def _winogrande_row(row: dict[str, Any], where: str) -> WinoGrandeRow:

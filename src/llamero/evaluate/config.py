@@ -236,8 +236,47 @@ class SamplingTask(_Task):
         return self
 
 
+class HumanEvalTask(_Task):
+    """Python functions that a model completes, run against tests in a sandbox."""
+
+    tasks: Literal["humaneval"]
+    """Name of the task."""
+    data: str
+    """Directory with the benchmark files, relative to the recipe (layout in docs/evaluate.md)."""
+    num_samples: int = Field(default=1, gt=0)
+    """Answers to each problem; pass@10 needs ten."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the draws; 0 takes the likeliest token each time."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Keep the likeliest tokens that together have this probability."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws."""
+    max_new_tokens: int = Field(default=1024, gt=0)
+    """Longest answer; never more than half of the context."""
+    limit: int | None = Field(default=None, gt=0)
+    """Problems to take, from the first; all by default."""
+    seconds: float = Field(default=3.0, gt=0)
+    """Processor time of each program."""
+    memory_mib: int = Field(default=1024, ge=64)
+    """Memory of each program, in MiB."""
+
+    _paths = frozenset({"data"})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the benchmark directory."""
+        return {"data": self.data}
+
+    @model_validator(mode="after")
+    def _several_differ(self) -> Self:
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError("greedy answers are all the same: give `temperature`, or one sample")
+        return self
+
+
 EvaluateConfig = Annotated[
-    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask | SamplingTask, Field(discriminator="tasks")
+    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask | SamplingTask | HumanEvalTask,
+    Field(discriminator="tasks"),
 ]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
 `TASKS` of evaluate/run.py, how cards print what it measures in `PRINTED` of publish/measurements.py, a test."""

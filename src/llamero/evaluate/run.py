@@ -11,10 +11,11 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import ask, sampling, wikitext
+from llamero.evaluate import ask, humaneval, sampling, wikitext
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
+    HumanEvalTask,
     PerplexityTask,
     SamplesTask,
     SamplingTask,
@@ -149,5 +150,6 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     H4Task: ask.run,
     SamplesTask: _samples,
     SamplingTask: sampling.run,
+    HumanEvalTask: humaneval.run,
 }
 """Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""

@@ -69,6 +69,7 @@ PRINTED: dict[str, Task] = {
             Metric("bits_per_byte", "Bits per byte", ".4f", percent=False),
         ),
     ),
+    "humaneval": Task("HumanEval", "openai_humaneval", (Metric("pass@1", "HumanEval pass@1"),)),
     AGREEMENT: Task("Agreement", None, (Metric("kl", "KL", ".3g", percent=False), Metric("top1", "Top-1 agreement"))),
 }
 """The main numbers of every task, in the order of columns. A new task (evaluate/config.py) needs a line here."""

@@ -20,6 +20,7 @@ from llamero.engine.stage import ProbeConfig, StageConfig
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
+    HumanEvalTask,
     PerplexityTask,
     SamplesTask,
     SamplingTask,
@@ -384,7 +385,7 @@ class _Tiny:
             case SamplesTask():
                 said.put("prompts", task.prompts, task.prompts[:QUESTIONS])
                 said.most("max_new_tokens", task.max_new_tokens, NEW_TOKENS)
-            case SamplingTask():
+            case SamplingTask() | HumanEvalTask():
                 if not all(self.here(path) for path in task.files.values()):
                     return False
                 said.put("limit", task.limit, 1)

@@ -237,7 +237,13 @@ def test_real_mmlu_is_read_whole(real):
 
 MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write it.", "Again."]}
 GSM8K = {"question": "How many?", "answer": "Two.\n#### 2"}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n"}
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "def f():\n",
+    "canonical_solution": "    return 1\n",
+    "test": "def check(f):\n    assert f() == 1\n",
+    "entry_point": "f",
+}
 WINOGRANDE = {"qID": "x-1", "sentence": "Ann met Eve so _ left.", "option1": "Ann", "option2": "Eve", "answer": "2"}
 
 
@@ -259,7 +265,7 @@ def test_humaneval_may_be_compressed(tmp_path, ending):
     path.parent.mkdir()
     path.write_bytes(gzip.compress(line) if ending else line)
     assert benchmarks.humaneval(tmp_path) == [
-        benchmarks.HumanEvalRow("HumanEval/0", "def f():\n", "    return 1\n"),
+        benchmarks.HumanEvalRow(*(HUMANEVAL[key] for key in HUMANEVAL)),
     ]
 
 
