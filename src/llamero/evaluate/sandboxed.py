@@ -47,7 +47,8 @@ THREAD = 0x00010000  # CLONE_THREAD
 HARMLESS = {"ioctl": (0x5401, 0x5451), "fcntl": (0, 1, 2, 3, 1030)}
 """Commands that only ask, or copy a file's number.
 
-TCGETS, FIOCLEX; F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. With others of `fcntl` a program would choose a process that is sent a signal.
+TCGETS, FIOCLEX; F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. With others of `fcntl` a program would choose a
+process that is sent a signal.
 """
 
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # classic BPF
