@@ -66,6 +66,15 @@ def evaluate(
     template: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     softmax_dtype: Literal["float32", "model"] | None = None,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    judge_key_variable: str | None = None,
+    votes: int | None = None,
+    judge_mode: Literal["single", "pairwise-baseline", "pairwise-all"] | None = None,
+    answers: Path | None = None,
+    baseline: str | None = None,
+    max_new_tokens: int | None = None,
+    mt_bench_replies: Path | None = None,
     out_dir: OutDir = None,
     json: Path | None = None,
 ) -> None:
@@ -75,14 +84,14 @@ def evaluate(
     ----------
     tasks
         What to measure, with commas between: h4, openllm, arc_challenge, hellaswag, mmlu, truthfulqa_mc, winogrande,
-        gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, samples, sampling,
-        humaneval, toy_world.
+        gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, mt_bench, samples,
+        sampling, humaneval, toy_world.
     compat
         Whose prompts, few-shot draws, BOS rule and averages (h4 and its parts): those of the scores published in
         2023 by default, or those of today's lm-eval.
     data
-        Directory of the benchmark files (for h4 and its parts, humaneval), or `hub`: fetched once, then kept in its
-        cache (h4 and its parts).
+        Directory of the benchmark files (for h4 and its parts, humaneval, mt_bench), or `hub`: fetched once, then kept
+        in its cache (h4 and its parts, mt_bench).
     requests
         Write the requests of the tasks to this file, as JSON lines, and end: no model is read.
     diff
@@ -109,7 +118,7 @@ def evaluate(
     temperature
         Of the draws, greedy by default (humaneval).
     seed
-        Of all draws (sampling, humaneval).
+        Of all draws (sampling, humaneval, mt_bench).
     report
         Sampling reports to show side by side on one page (--html FILE); no model is read.
     html
@@ -127,14 +136,35 @@ def evaluate(
     stride
         Tokens between windows, 256 by default.
     template
-        Chat template of prompts (toy_world).
+        Chat template of prompts (toy_world, mt_bench, samples).
     dtype
         Dtype of the weights, float32 by default.
     softmax_dtype
         Dtype of log-probabilities, float32 by default; both harnesses compute them in that of the weights (`model`).
+    judge
+        Who judges (mt_bench): the address of a server with OpenAI's interface (http://HOST:PORT/v1), the name of a
+        model of OpenAI (gpt-4 by default), or a model to run here (directory or owner/name of the hub).
+    judge_model
+        What the judge is called on its server.
+    judge_key_variable
+        Environment variable that holds the judge's API key; OPENAI_API_KEY by default.
+    votes
+        Judgments of each answer (mt_bench), 1 by default; with several, their spread is reported.
+    judge_mode
+        Rate each answer of mt_bench by itself (single, the default), or compare it with the baseline's, or all models
+        with each other; always in both orders.
+    answers
+        Answers of other models to compare with (mt_bench): FastChat's model_answer directory, or a file of it.
+    baseline
+        Which of them pairwise-baseline compares with; gpt-3.5-turbo by default.
+    max_new_tokens
+        Longest answer: 1024 by default for mt_bench, 128 for samples.
+    mt_bench_replies
+        Recompute MT-Bench's scores from a judge's recorded replies, print them as JSON, and end: FastEval's report of
+        a model (the directory of its judge-replies.json) or FastChat's model_judgment file; no model is read.
     out_dir
-        Directory that gets every sample, one JSON line each (h4 and its parts: samples.jsonl); run again to go on
-        where it stopped.
+        Directory that gets every sample, one JSON line each (h4 and its parts: samples.jsonl) or FastChat's files
+        (mt_bench; ./mt_bench by default); run again to go on where it stopped.
     json
         Also write the results to this file.
     """
@@ -146,6 +176,11 @@ def evaluate(
     if diff is not None:
         _compare(*diff, tolerance)
         return
+    if mt_bench_replies is not None:
+        _recompute(mt_bench_replies, data)
+        return
+    if tasks is None:
+        raise LlameroError("what is to be measured?", fix="give --tasks, for example --tasks h4 --data DIR")
     given: dict[str, object] = {
         "compat": compat,
         "data": data if data is None or data == HUB else str(Path(data).resolve()),
@@ -165,9 +200,16 @@ def evaluate(
         "stride": stride,
         "dtype": dtype,
         "softmax_dtype": softmax_dtype,
+        "judge": judge if judge is None or not Path(judge).exists() else str(Path(judge).resolve()),
+        "judge_model": judge_model,
+        "judge_key_variable": judge_key_variable,
+        "votes": votes,
+        "judge_mode": judge_mode,
+        "answers": None if answers is None else str(answers.resolve()),
+        "baseline": baseline,
+        "max_new_tokens": max_new_tokens,
+        "unanswered": "count" if "mt_bench" in tasks.split(",") else None,
     }
-    if tasks is None:
-        raise LlameroError("what is to be measured?", fix="give --tasks, for example --tasks h4 --data DIR")
     wanted = several(tasks, {key: value for key, value in given.items() if value is not None})
     if requests is not None:
         _write_requests(requests, wanted)
@@ -212,6 +254,16 @@ def _compare(a: Path, b: Path, tolerance: float | None) -> None:
 
 def _short(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _recompute(replies: Path, data: str | None) -> None:
+    """Print the scores that a judge's replies come to."""
+    import json
+
+    from llamero.evaluate.recorded import recomputed
+
+    found = recomputed(replies, None if data is None else Path(data))
+    out.print(json.dumps(found, indent=4), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_requests(path: Path, wanted: Sequence[EvaluateConfig]) -> None:

@@ -175,6 +175,81 @@ class WikitextTask(_Task):
         return {f"text {name}": path for name, path in self.texts.items()}
 
 
+class MtBenchTask(_Task):
+    """MT-Bench: 80 questions of two turns; another model rates the answers 1 to 10 (FastChat's files and rules)."""
+
+    tasks: Literal["mt_bench"]
+    """Name of the task."""
+    judge: str = "gpt-4"
+    """Who judges: a model of OpenAI by its name; the address of any server with OpenAI's interface (`http://…/v1`, see
+    `judge_model`); or a model to run here: a hub name `owner/name`, or a path that begins with `/`, `~` or `.`."""
+    judge_model: str | None = None
+    """What the judge is called on its server."""
+    judge_key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the judge's API key; OPENAI_API_KEY by default."""
+    judge_template: str = "auto"
+    """Chat template of a judge that runs here; `auto` is its own."""
+    judge_temperature: float = Field(default=0.0, ge=0)
+    """How freely the judge words its judgments; FastChat has 0."""
+    judge_threads: int = Field(default=8, gt=0)
+    """Questions to a served judge that are under way at a time."""
+    votes: int = Field(default=1, gt=0)
+    """Judgments of each answer; with several, their spread is reported. They differ only as the judge does."""
+    judge_mode: Literal["single", "pairwise-baseline", "pairwise-all"] = "single"
+    """Rate each answer; or compare it with the baseline's, or all models with each other, always in both orders."""
+    answers: str | None = None
+    """Answers of other models to compare with, relative to the recipe: FastChat's `model_answer/` or a file of it."""
+    baseline: str = "gpt-3.5-turbo"
+    """Which of them `pairwise-baseline` compares with."""
+    data: str = HUB
+    """Directory with FastChat's files (questions, reference answers, judge prompts), relative to the recipe; `hub` is
+    the hub's copy."""
+    max_new_tokens: int = Field(default=1024, gt=0)
+    """Longest answer."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws; each question has its own from it."""
+    limit: int | None = Field(default=None, gt=0)
+    """Questions to ask, from the first; all by default."""
+    unanswered: Literal["refuse", "count"] = "refuse"
+    """What becomes of questions that the judge did not answer after all tries: the run ends, and the next one asks them
+    again; or they are counted, and left out of the means."""
+    models: list[str] = ["final"]
+    """Which models."""
+
+    _paths = frozenset({"data", "answers"})
+
+    def decides(self) -> dict[str, object]:
+        """Return what decides the result; how the judge is reached does not."""
+        beside = {"judge_threads", "judge_key_variable", "unanswered", *({"judge"} & self.files.keys())}
+        decided = {key: value for key, value in super().decides().items() if key not in beside}
+        return decided | ({"data": HUB} if self.data == HUB else {})
+
+    @property
+    def judge_is_local(self) -> bool:
+        """Return whether the judge runs here."""
+        return "/" in self.judge and "://" not in self.judge
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the benchmark's files, the answers of others, and a judge that lies on the disk."""
+        found = {"data": None if self.data == HUB else self.data, "answers": self.answers}
+        if self.judge.startswith(("/", "~", ".")):
+            found["judge"] = self.judge
+        return {role: path for role, path in found.items() if path is not None}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.judge.startswith(("http://", "https://")) and self.judge_model is None:
+            raise ValueError("give `judge_model`: which model of that server judges")
+        if self.judge_mode == "single" and self.answers is not None:
+            raise ValueError("`answers` are of others to compare with: set `judge_mode` to pairwise-baseline or -all")
+        if self.judge_mode != "single" and self.answers is None:
+            raise ValueError(f"`{self.judge_mode}` needs `answers` of other models")
+        if self.judge_mode != "single" and self.votes > 1:
+            raise ValueError("several `votes` are for `judge_mode: single`")
+        return self
+
+
 class SamplesTask(_Task):
     """What the model says to a few prompts, greedily: read it before you believe a score."""
 
@@ -275,7 +350,7 @@ class HumanEvalTask(_Task):
 
 
 EvaluateConfig = Annotated[
-    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | SamplesTask | SamplingTask | HumanEvalTask,
+    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | MtBenchTask | SamplesTask | SamplingTask | HumanEvalTask,
     Field(discriminator="tasks"),
 ]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in

@@ -16,12 +16,16 @@ from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
     HumanEvalTask,
+    MtBenchTask,
     PerplexityTask,
     SamplesTask,
     SamplingTask,
     ToyWorldTask,
     WikitextTask,
 )
+from llamero.evaluate.judge import file_name
+from llamero.evaluate.mt_bench_answers import Speaker
+from llamero.evaluate.mt_bench_run import Bench, judge_of
 from llamero.evaluate.subject import Subject, standard_error
 from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
@@ -57,10 +61,14 @@ def run(
         mixtures: Tokenized mixtures by name, for tasks that read their validation documents.
         work: Directory for files of the measurement: a run that was cut off finds there what it had, and goes on.
     """
+    if isinstance(task, MtBenchTask):
+        judge_of(task, root)  # a key that is missing is said before hours of answers
     loaded = load_model(model, dtype=getattr(torch, task.dtype))
     tokenizer = load_tokenizer(model)
     check_tokenizer(loaded, tokenizer, where=model)
-    subject = Subject(name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {}, work)
+    subject = Subject(
+        name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {}, model, work
+    )
     with torch.inference_mode():
         return TASKS[type(task)](task, subject)
 
@@ -143,6 +151,14 @@ def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
     return [replace(result, samples=tuple(said))]
 
 
+def _mt_bench(task: MtBenchTask, subject: Subject) -> list[Result]:
+    speaker = Speaker(file_name(subject.name), subject.model, subject.tokenizer, subject.template)
+    bench = Bench(task, subject.root, subject.work or Path("mt_bench"))
+    found = bench.measure(speaker, directory=subject.directory)
+    name = "mt_bench" if task.judge_mode == "single" else "mt_bench_pairs"
+    return [subject.result(name, found.metrics, found.protocol, notes=found.notes, **found.inputs)]
+
+
 TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     ToyWorldTask: _toy_world,
     PerplexityTask: _perplexity,
@@ -151,5 +167,6 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     SamplesTask: _samples,
     SamplingTask: sampling.run,
     HumanEvalTask: humaneval.run,
+    MtBenchTask: _mt_bench,
 }
 """Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""

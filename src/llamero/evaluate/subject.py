@@ -26,6 +26,8 @@ class Subject:
     """The unquantized model, where this is a variant of one."""
     mixtures: Mapping[str, Path]
     """Tokenized mixtures of the recipe."""
+    directory: Path
+    """Where the model was read from."""
     work: Path | None = None
     """Directory for files of the measurement: a run that was cut off finds there what it had, and goes on."""
 

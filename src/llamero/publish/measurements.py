@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamero.core import files
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from llamero.core.results import Result
+
+
+_EXACT = 1e15
+"""Numbers below it have all their digits before and after the point in a double."""
 
 
 class Metric(NamedTuple):
@@ -30,13 +35,29 @@ class Metric(NamedTuple):
         """Return a number as it is printed, with its standard error if that was measured."""
         key = key or self.key
         scale = 100 if self.percent else 1
-        value = f"{scale * metrics[key]:{self.form}}"
+        value = self._rounded(scale * metrics[key])
         error = metrics.get(f"{key}_stderr")
-        return value if error is None else f"{value} ± {scale * error:{self.form}}"
+        return value if error is None else f"{value} ± {self._rounded(scale * error)}"
+
+    def _rounded(self, value: float) -> str:
+        return f"{_half_up(value, self._decimals):{self.form}}" if self.form.endswith("f") else f"{value:{self.form}}"
+
+    @property
+    def _decimals(self) -> int:
+        return int(self.form.strip(".fg"))
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """Return a number as metadata hold it."""
-        return round(100 * metrics[self.key], 2) if self.percent else round(metrics[self.key], 4)
+        if self.percent:
+            return round(100 * metrics[self.key], 2)
+        return float(_half_up(metrics[self.key], max(4, self._decimals)))
+
+
+def _half_up(value: float, decimals: int) -> Decimal | float:
+    """Return a number with so many decimals; a half is rounded up, as people and pandas do: 7.440625 is 7.44063."""
+    if not abs(value) < _EXACT:
+        return value
+    return Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP)
 
 
 class Task(NamedTuple):
@@ -60,6 +81,24 @@ PRINTED: dict[str, Task] = {
     "winogrande": Task("WinoGrande", "winogrande", (Metric("acc", "WinoGrande"),)),
     "gsm8k": Task("GSM8K", "gsm8k", (Metric("exact_match", "GSM8K"),)),
     "toy_world": Task("Toy world", "toy_world", (Metric("accuracy", "Toy world"),)),
+    "mt_bench": Task(
+        "MT-Bench",
+        "mt_bench",
+        (
+            Metric("score", "MT-Bench", ".5f", percent=False),
+            Metric("turn_1", "MT-Bench, turn 1", ".5f", percent=False),
+            Metric("turn_2", "MT-Bench, turn 2", ".5f", percent=False),
+        ),
+    ),
+    "mt_bench_pairs": Task(
+        "MT-Bench pairs",
+        "mt_bench",
+        (
+            Metric("win_rate_adjusted", "MT-Bench win rate, ties half"),
+            Metric("win_rate", "MT-Bench wins"),
+            Metric("loss_rate", "MT-Bench losses"),
+        ),
+    ),
     PERPLEXITY: Task("Perplexity", None, (Metric("perplexity", "Perplexity", ".3f", percent=False),)),
     "wikitext": Task(
         "WikiText",

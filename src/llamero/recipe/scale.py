@@ -21,6 +21,7 @@ from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
     HumanEvalTask,
+    MtBenchTask,
     PerplexityTask,
     SamplesTask,
     SamplingTask,
@@ -365,7 +366,7 @@ class _Tiny:
         """Yield the tasks that can be done here."""
         for number, (task, keys) in enumerate(zip(self.recipe.evaluate, tasks, strict=True)):
             said = self._part(keys, f"evaluate.{number}")
-            if self._small(task, said):
+            if not isinstance(task, MtBenchTask) and self._small(task, said):  # judges are paid for, or large
                 yield keys
             else:
                 said.put("", task.tasks, None, "left out: what it measures with is not here")

@@ -73,5 +73,17 @@ def test_two_different_results_of_one_thing_are_a_mistake():
 
 
 def test_a_task_that_cards_do_not_know_is_a_mistake():
-    with pytest.raises(ValueError, match="mt_bench"):
-        series([Result("mt_bench", "sft", {"score": 7.4}, "judge")])
+    with pytest.raises(ValueError, match="no_such_task"):
+        series([Result("no_such_task", "sft", {"score": 7.4}, "judge")])
+
+
+def test_mt_bench_is_printed_as_the_published_cards_print_it():
+    metrics = {"score": 1190.5 / 160, "turn_1": 1159 / 160, "turn_2": 7.1, "mean_of_turns": 7.2, "score/math": 4.35}
+    parts = series([Result("mt_bench", "sft", metrics, "judge gpt-4")])
+    assert str(score_table(parts, LABELS)).splitlines() == [
+        "| Model | MT-Bench | MT-Bench, turn 1 | MT-Bench, turn 2 |",
+        "| --- | ---: | ---: | ---: |",
+        "| **mine** | 7.44063 | 7.24375 | 7.10000 |",
+    ]
+    assert list(category_tables(parts, LABELS)) == ["MT-Bench"]
+    assert parts[0].columns[0][1].value(metrics) == 7.44063

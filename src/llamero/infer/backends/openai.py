@@ -350,6 +350,7 @@ def at_once(work: Callable[[T], R], items: Sequence[T], *, threads: int) -> Gene
                 done.put((number, work(item), None))
             except BaseException as error:  # it is raised again where the results are waited for
                 done.put((number, None, error))
+                return
 
     for _ in range(min(threads, len(items))):
         threading.Thread(target=serve, daemon=True).start()  # Ctrl-C need not wait for a server
