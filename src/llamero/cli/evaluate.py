@@ -55,6 +55,9 @@ def evaluate(
     num_samples: int | None = None,
     temperature: float | None = None,
     seed: int | None = None,
+    haystack: Path | None = None,
+    to: int | None = None,
+    freely: Annotated[bool | None, Parameter(negative=())] = None,
     report: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     html: Path | None = None,
     limit: Annotated[int | None, Parameter(converter=_whole)] = None,
@@ -85,7 +88,7 @@ def evaluate(
     tasks
         What to measure, with commas between: h4, openllm, arc_challenge, hellaswag, mmlu, truthfulqa_mc, winogrande,
         gsm8k, a subject of MMLU (hendrycksTest-anatomy), perplexity, wikitext, mt_bench, samples,
-        sampling, humaneval, toy_world.
+        sampling, humaneval, needle, toy_world.
     compat
         Whose prompts, few-shot draws, BOS rule and averages (h4 and its parts): those of the scores published in
         2023 by default, or those of today's lm-eval.
@@ -119,6 +122,12 @@ def evaluate(
         Of the draws, greedy by default (humaneval).
     seed
         Of all draws (sampling, humaneval, mt_bench).
+    haystack
+        Text file, or directory of .txt files (needle).
+    to
+        Tokens of the longest haystack (needle).
+    freely
+        Let the model answer freely too (needle).
     report
         Sampling reports to show side by side on one page (--html FILE); no model is read.
     html
@@ -191,6 +200,9 @@ def evaluate(
         "mode": mode,
         "num_samples": num_samples,
         "temperature": temperature,
+        "haystack": None if haystack is None else str(haystack),
+        "to": to,
+        "freely": freely,
         "seed": seed,
         "limit": limit,
         "subjects": subjects,

@@ -349,8 +349,71 @@ class HumanEvalTask(_Task):
         return self
 
 
+class NeedleTask(_Task):
+    """A number told somewhere in a long text and asked for at its end, in a grid of lengths and depths."""
+
+    tasks: Literal["needle"]
+    """Name of the task."""
+    haystack: str
+    """Text file, or directory of `.txt` files, relative to the recipe; it repeats where it is too short."""
+    to: int = Field(gt=0)
+    """Longest haystack, in tokens."""
+    shortest: int = Field(default=100, gt=0)
+    """Shortest haystack, in tokens."""
+    interval: int | None = Field(default=None, gt=0)
+    """Tokens from one length to the next; by default ten lengths are spread evenly."""
+    steps: int = Field(default=5, gt=0)
+    """Depths are 0, 1/steps … 1."""
+    num_samples: int = Field(default=2, gt=0)
+    """Numbers; each is asked for at every length and depth."""
+    digits: int = Field(default=7, gt=0)
+    """Digits of a number at most: small ones are not filled up with zeros."""
+    distinct: int | None = Field(default=None, gt=0)
+    """Tokens of the haystack that differ: after so many it repeats. All of it by default."""
+    space: bool = False
+    """Put a space after the question, for tokenizers that write none before a number (Llama 3)."""
+    freely: bool = False
+    """Let the model answer freely too, and look for the number in what it says."""
+    seed: int = 24242424
+    """Of the numbers."""
+    models: list[str] = ["final"]
+    """Which models."""
+
+    _paths = frozenset({"haystack"})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the haystack."""
+        return {"haystack": self.haystack}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the lengths of the grid, in tokens."""
+        interval = self.interval or max(1, -(-(self.to - self.shortest) // 9))
+        return list(range(self.shortest, self.to + 1, interval))
+
+    @property
+    def depths(self) -> list[float]:
+        """Return the depths of the grid."""
+        return [step / self.steps for step in range(self.steps + 1)]
+
+    @model_validator(mode="after")
+    def _from_short_to_long(self) -> Self:
+        if self.to < self.shortest:
+            raise ValueError(f"`to` is {self.to}, below `shortest`, {self.shortest}")
+        return self
+
+
 EvaluateConfig = Annotated[
-    H4Task | ToyWorldTask | PerplexityTask | WikitextTask | MtBenchTask | SamplesTask | SamplingTask | HumanEvalTask,
+    H4Task
+    | ToyWorldTask
+    | PerplexityTask
+    | WikitextTask
+    | MtBenchTask
+    | SamplesTask
+    | SamplingTask
+    | HumanEvalTask
+    | NeedleTask,
     Field(discriminator="tasks"),
 ]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
@@ -373,7 +436,13 @@ def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
     kind = kinds[name]
     missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in {"tasks", *given}]
     if missing or ("texts" in kind.model_fields and "texts" not in given):
-        option = {"data": "--data DIR (layout: docs/evaluate.md)", "prompts": "--prompt TEXT"}
+        option = {
+            "haystack": "--haystack FILE",
+            "to": "--to TOKENS",
+            "haystackto": "--haystack FILE --to TOKENS",
+            "data": "--data DIR (layout: docs/evaluate.md)",
+            "prompts": "--prompt TEXT",
+        }
         raise LlameroError(f"`{name}` of what?", fix=f"give {option.get(''.join(missing), '--text FILE')}")
     return parse(kind, {"tasks": name, **given})
 

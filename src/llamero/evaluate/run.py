@@ -11,12 +11,13 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import ask, humaneval, sampling, wikitext
+from llamero.evaluate import ask, humaneval, needle, sampling, wikitext
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
     HumanEvalTask,
     MtBenchTask,
+    NeedleTask,
     PerplexityTask,
     SamplesTask,
     SamplingTask,
@@ -168,5 +169,6 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     SamplingTask: sampling.run,
     HumanEvalTask: humaneval.run,
     MtBenchTask: _mt_bench,
+    NeedleTask: needle.run,
 }
 """Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""

@@ -109,6 +109,7 @@ PRINTED: dict[str, Task] = {
         ),
     ),
     "humaneval": Task("HumanEval", "openai_humaneval", (Metric("pass@1", "HumanEval pass@1"),)),
+    "needle": Task("Needle", "needle in a haystack", (Metric("accuracy", "Needle"),)),
     AGREEMENT: Task("Agreement", None, (Metric("kl", "KL", ".3g", percent=False), Metric("top1", "Top-1 agreement"))),
 }
 """The main numbers of every task, in the order of columns. A new task (evaluate/config.py) needs a line here."""

@@ -22,6 +22,7 @@ from llamero.evaluate.config import (
     H4Task,
     HumanEvalTask,
     MtBenchTask,
+    NeedleTask,
     PerplexityTask,
     SamplesTask,
     SamplingTask,
@@ -366,7 +367,9 @@ class _Tiny:
         """Yield the tasks that can be done here."""
         for number, (task, keys) in enumerate(zip(self.recipe.evaluate, tasks, strict=True)):
             said = self._part(keys, f"evaluate.{number}")
-            if not isinstance(task, MtBenchTask) and self._small(task, said):  # judges are paid for, or large
+            if isinstance(task, NeedleTask):
+                said.put("", task.tasks, None, "left out: a tiny model's context holds no haystack")
+            elif not isinstance(task, MtBenchTask) and self._small(task, said):  # judges are paid for, or large
                 yield keys
             else:
                 said.put("", task.tasks, None, "left out: what it measures with is not here")
