@@ -46,7 +46,7 @@ class Victims:
         config = {"variants": self.variants, "sensitivity": 64} if config is None else config
         order = {"root": str(root), "model": str(self._model), "config": config, "calibration": calibration or {}}
         order |= {"at": 0, "largest_file": 0, "seed": 2, "processes": 1, "victim": 0, "how": "kill", "timeout": 60}
-        self._process.stdin.write(json.dumps(order | {"group_tokens": 2048} | said) + "\n")
+        self._process.stdin.write(json.dumps(order | {"group_tokens": 2048, "broken": 0} | said) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 

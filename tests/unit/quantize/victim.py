@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from llamero.checkpoint.unfinished import UnfinishedFile
 from llamero.core import files
 from llamero.core.errors import LlameroError
+from llamero.model.llama import Block
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import World
 from llamero.quantize import calibrate
@@ -51,6 +53,8 @@ class Order(TypedDict):
     """What becomes of it: `kill`, `stop` or `raise`."""
     timeout: int
     """Seconds after which a child that is not heard of is missed."""
+    broken: int
+    """Child that cannot compute with its text, if not 0."""
     group_tokens: int
     """Of the groups in which text goes through the model."""
 
@@ -103,6 +107,8 @@ def make(order: Order, rank: int) -> dict[str, Any]:
     """Quantize, and say what became of it."""
     seen = Events(order["at"] if rank == order["victim"] else 0, order["how"])
     calibrate.GROUP_TOKENS = order["group_tokens"]
+    if order["broken"] and order["broken"] == rank:
+        Block.forward = break_down  # type: ignore[method-assign]
     parallel = ParallelConfig(gpus=order["processes"], device="cpu", timeout=order["timeout"])
     if order["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], order["largest_file"]))
@@ -124,6 +130,14 @@ def make(order: Order, rank: int) -> dict[str, Any]:
     except LlameroError as error:
         return {"state": "error", "says": str(error)}
     return {"state": "made", "events": seen.count, "modules": seen.modules, "reports": [r.to_json() for r in reports]}
+
+
+def break_down(block: Block, x: Tensor, *args: Any) -> Tensor:
+    """Do what a layer does, to inputs that are no numbers."""
+    return FORWARD(block, x * torch.nan, *args)
+
+
+FORWARD = Block.forward
 
 
 class Events:
