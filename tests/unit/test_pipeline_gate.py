@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamero import pipeline
-from llamero.cli import main, measured
+from llamero.cli import main
 from llamero.corpus.rows import Raw
 from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama, initialize
@@ -227,7 +227,7 @@ def test_a_command_that_was_cut_off_ends_as_if_it_had_not_been(root, tmp_path, c
     rename = Path.rename
     with monkeypatch.context() as patch:
         if moment == "measuring":
-            patch.setattr(measured, "measure", stop)
+            patch.setattr(measure, "measure_together", stop)
         else:
             patch.setattr(Path, "rename", lambda path, to: stop() if path.name == POOR else rename(path, to))
         with pytest.raises(RuntimeError, match="cut off"):
@@ -247,7 +247,7 @@ def stop(*_, **__):
 
 def test_a_changed_command_leaves_what_another_has_begun(root, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(measured, "measure", stop)
+        patch.setattr(measure, "measure_together", stop)
         with pytest.raises(RuntimeError, match="cut off"):
             quantize(root, tmp_path / "out")
     (left,) = (tmp_path / "out").glob("*.progress")
