@@ -305,13 +305,13 @@ def _measure(
         raise LlameroError("there is no such directory to write to", where=json.parent)
     import_uninterrupted("llamero.evaluate.run")
     from llamero.evaluate.run import run as measure
+    from llamero.evaluate.run import together
 
-    with Bars():
-        found = [
-            result
-            for task in wanted
-            for result in measure(task, model=directory, name=model, template=template, root=Path(), work=work)
-        ]
+    how = {"model": directory, "name": model, "template": template, "root": Path(), "work": work}
+    with Bars(), together() as world:
+        found = [result for task in wanted for result in measure(task, **how)]
+    if not world.speaks:
+        return
     say_results(found)
     for result in found:
         if "report" in result.inputs:

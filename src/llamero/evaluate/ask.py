@@ -16,9 +16,9 @@ from llamero.evaluate.questions import Document, Task
 from llamero.evaluate.subject import Subject, standard_error
 from llamero.infer.sampler import Sampling
 
-CHUNK_TOKENS = 2**18
-"""Tokens that are scored at a time: what a killed run loses at most. Chunks are of one task, so little is computed
-twice between them: the few-shot examples of a subject of MMLU."""
+CHUNK_TOKENS = 2**21
+"""Tokens that are scored at a time; what an engine keeps lets a killed run go on within them. Chunks are of one task,
+so little is computed twice between them: the few-shot examples of a subject of MMLU."""
 
 Row = dict[str, Any]
 

@@ -1,12 +1,16 @@
 """evaluate: a model directory and a task in, results out."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llamero.core import world as environment
 from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import toy_world
@@ -36,6 +40,8 @@ from llamero.infer.sampler import Sampling
 from llamero.infer.score import KL_PROTOCOL
 from llamero.infer.texts import Text
 from llamero.model.load import load_model
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.world import World, device
 from llamero.text.tokenizer import load_tokenizer
 
 
@@ -62,16 +68,44 @@ def run(
         mixtures: Tokenized mixtures by name, for tasks that read their validation documents.
         work: Directory for files of the measurement: a run that was cut off finds there what it had, and goes on.
     """
+    world = _world.get()
+    shared = world is not None and world.size > 1 and type(task) in SHARED
+    if world is not None and world.rank and not shared:
+        return []
     if isinstance(task, MtBenchTask):
         judge_of(task, root)  # a key that is missing is said before hours of answers
-    loaded = load_model(model, dtype=getattr(torch, task.dtype))
+    loaded = load_model(model, dtype=getattr(torch, task.dtype), device=device(ParallelConfig()))
     tokenizer = load_tokenizer(model)
     check_tokenizer(loaded, tokenizer, where=model)
-    subject = Subject(
-        name, OwnEngine(loaded, tokenizer), tokenizer, template, root, reference, mixtures or {}, model, work
-    )
+    kept = None if work is None else work / "scores"
+    engine = OwnEngine(loaded, tokenizer, kept=kept, others=world if shared else None)
+    subject = Subject(name, engine, tokenizer, template, root, reference, mixtures or {}, model, work)
     with torch.inference_mode():
-        return TASKS[type(task)](task, subject)
+        results = TASKS[type(task)](task, subject)
+    if kept is not None and environment.rank() == 0:
+        shutil.rmtree(kept, ignore_errors=True)  # all of it is in the results
+    return results
+
+
+LONGEST = 24 * 3600
+"""Seconds that a process may keep the others waiting: longer than what it scores, or measures alone, of a task."""
+
+_world: ContextVar[World | None] = ContextVar("world", default=None)
+
+
+@contextmanager
+def together() -> Iterator[World]:
+    """Let the processes that were started share what `run` does meanwhile; each has the whole model.
+
+    Of tasks that cannot be shared the first process does all, and the others have no results.
+    """
+    world = World(ParallelConfig(gpus=environment.size()), longest=LONGEST)
+    token = _world.set(world)
+    try:
+        yield world
+        world.barrier()
+    finally:
+        _world.reset(token)
 
 
 def _toy_world(task: ToyWorldTask, subject: Subject) -> list[Result]:
@@ -172,3 +206,6 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     NeedleTask: needle.run,
 }
 """Every task there is. To add one: see `EvaluateConfig` in evaluate/config.py."""
+
+SHARED = frozenset({ToyWorldTask, WikitextTask, H4Task})
+"""Tasks that several processes can share: all that their models do is to score requests."""
