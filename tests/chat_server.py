@@ -34,7 +34,7 @@ class Server:
                 except BrokenPipeError:  # the client gave up
                     pass
 
-            def log_message(self, *_):
+            def log_message(self, format, *args):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

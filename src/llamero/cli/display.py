@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llamero.core import progress, world
-from llamero.publish.measurements import PRINTED
+from llamero.publish.measurements import MT_BENCH, PRINTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -139,16 +139,16 @@ def say_results(found: Sequence[Result]) -> None:
         groups.setdefault(f"{result.task} ({about})" if about else result.task, []).append(result)
     for title, results in groups.items():
         keys = dict.fromkeys(key for result in results for key in result.metrics if not key.endswith("_stderr"))
-        about = {"title": title, "caption": results[0].protocol}
         names = [key.rpartition("/")[2] for key in keys]
         if len(keys) > _MOST_COLUMNS:  # a line for each number
-            table = Table("", *(escape(result.model) for result in results), **about)
+            table = Table("", *(escape(result.model) for result in results))
             for key, name in zip(keys, names, strict=True):
                 table.add_row(name, *(_measured(result, key) for result in results))
         else:
-            table = Table("model", *names, **about)
+            table = Table("model", *names)
             for result in results:
                 table.add_row(result.model, *(_measured(result, key) for key in keys))
+        table.title, table.caption = title, results[0].protocol
         out.print(table)
     for result in found:
         for said in result.samples:
@@ -158,14 +158,14 @@ def say_results(found: Sequence[Result]) -> None:
 
 
 _MOST_COLUMNS = 8
-_MT_BENCH = {metric.key: metric for metric in PRINTED["mt_bench"].metrics}
+_MT_BENCH = {metric.key: metric for metric in PRINTED[MT_BENCH].metrics}
 """Are published to five decimals."""
 
 
 def _measured(result: Result, key: str) -> str:
     if key not in result.metrics:
         return ""
-    if result.task == "mt_bench" and (metric := _MT_BENCH.get(key)):
+    if result.task == MT_BENCH and (metric := _MT_BENCH.get(key)):
         return metric.show(result.metrics)
     error = result.metrics.get(f"{key}_stderr")
     return _number(result.metrics[key]) + (f" ± {_number(error)}" if error is not None else "")

@@ -24,6 +24,8 @@ from llamero.infer.context import check_tokenizer
 from llamero.infer.replies import replies
 from llamero.infer.sampler import Sampling
 from llamero.model.load import load_model
+from llamero.parallel.config import ParallelConfig
+from llamero.parallel.world import device
 from llamero.text.messages import Message
 from llamero.text.tokenizer import load_tokenizer
 
@@ -149,7 +151,8 @@ class LocalJudge:
     @torch.inference_mode()
     def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[str]:
         """Yield judgments as they come; a question that does not fit into its context is not answered."""
-        model, tokenizer = load_model(self._path), load_tokenizer(self._path)
+        tokenizer = load_tokenizer(self._path)
+        model = load_model(self._path, device=device(ParallelConfig()))
         check_tokenizer(model, tokenizer, where=self._path)
         sampling = [
             Sampling(temperature=self._temperature, max_new_tokens=JUDGE_TOKENS, seed=q.seed) for q in questions

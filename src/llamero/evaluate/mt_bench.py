@@ -50,6 +50,7 @@ _RATING_FALLBACK = re.compile(r"\[(\d+\.?\d*)\]")
 LOWEST, HIGHEST = 1, 10
 
 Winner = Literal["A", "B", "tie", "error"]
+_VERDICTS: dict[str, Winner] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 Game = Literal["model_1", "model_2", "tie", "error"]
 
 
@@ -71,10 +72,7 @@ def rating(judgment: str) -> int | float:
 
 def verdict(judgment: str) -> Winner:
     """Return which of two answers a judge prefers."""
-    for mark, winner in (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie")):
-        if mark in judgment:
-            return winner
-    return "error"
+    return next((winner for mark, winner in _VERDICTS.items() if mark in judgment), "error")
 
 
 # -- what a judge is asked

@@ -8,7 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llamero.core import files
+from llamero.core import files, world
+from llamero.core.artifact import alone_in
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.core.journal import Journal
 from llamero.corpus import mt_bench as corpus
@@ -83,11 +84,16 @@ class Bench:
     Args:
         task: What to measure and how.
         root: Directory that the task's paths start from.
-        out: Directory of what is written: FastChat's `model_answer/` and `model_judgment/`.
+        out: Directory of what is written: FastChat's `model_answer/` and `model_judgment/`; by default `mt_bench`.
+
+    Raises:
+        LlameroError: Files, the key or the judge are missing, or several processes would ask the same.
     """
 
-    def __init__(self, task: MtBenchTask, root: Path, out: Path) -> None:
-        self._task, self._out = task, out
+    def __init__(self, task: MtBenchTask, root: Path, out: Path | None) -> None:
+        if world.rank():
+            raise LlameroError("`mt_bench` runs in one process", fix="start it without torchrun")
+        self._task, self._out = task, out or Path("mt_bench")
         self._judge = judge_of(task, root)
         self._files = corpus.load(corpus.fetch() if task.data == HUB else root / task.data)
         self._questions = self._files.questions[: task.limit]
@@ -124,9 +130,10 @@ class Bench:
             "repetition_penalty": sampling.repetition_penalty,
             "seed": sampling.seed,
         }
-        said = answer(speaker, self._questions, self._out, sampling=sampling, settings=settings)
         find = self._single if task.judge_mode == "single" else self._pairwise
-        found = find(speaker.name, said.answers)
+        with alone_in(self._out):
+            said = answer(speaker, self._questions, self._out, sampling=sampling, settings=settings)
+            found = find(speaker.name, said.answers)
         shown = {key: settings[key] for key in ("template", "questions", "max_new_tokens", "top_p", "top_k", "seed")}
         inputs = {"judge": self._judge.describe(), "reference": self._reference_of, "limit": task.limit, **shown}
         return Measured(found.metrics, found.protocol, [*said.notes, *found.notes], {**inputs, **found.inputs})

@@ -30,7 +30,7 @@ from llamero.evaluate.config import (
 )
 from llamero.evaluate.judge import file_name
 from llamero.evaluate.mt_bench_answers import Speaker
-from llamero.evaluate.mt_bench_run import Bench, judge_of
+from llamero.evaluate.mt_bench_run import Bench
 from llamero.evaluate.subject import Subject, standard_error
 from llamero.infer import choices, score, texts
 from llamero.infer.chat import Chat
@@ -73,7 +73,7 @@ def run(
     if world is not None and world.rank and not shared:
         return []
     if isinstance(task, MtBenchTask):
-        judge_of(task, root)  # a key that is missing is said before hours of answers
+        Bench(task, root, work)  # what is missing is said before hours of answers
     loaded = load_model(model, dtype=getattr(torch, task.dtype), device=device(ParallelConfig()))
     tokenizer = load_tokenizer(model)
     check_tokenizer(loaded, tokenizer, where=model)
@@ -188,7 +188,7 @@ def _samples(task: SamplesTask, subject: Subject) -> list[Result]:
 
 def _mt_bench(task: MtBenchTask, subject: Subject) -> list[Result]:
     speaker = Speaker(file_name(subject.name), subject.model, subject.tokenizer, subject.template)
-    bench = Bench(task, subject.root, subject.work or Path("mt_bench"))
+    bench = Bench(task, subject.root, subject.work)
     found = bench.measure(speaker, directory=subject.directory)
     name = "mt_bench" if task.judge_mode == "single" else "mt_bench_pairs"
     return [subject.result(name, found.metrics, found.protocol, notes=found.notes, **found.inputs)]

@@ -14,7 +14,7 @@ from llamero.checkpoint import hf
 from llamero.checkpoint.loaders import VLLM, accepting, looked_at, remarks
 from llamero.core.errors import LlameroError
 from llamero.publish import markdown
-from llamero.publish.measurements import AGREEMENT, PERPLEXITY, PRINTED, category_tables, score_table, series
+from llamero.publish.measurements import AGREEMENT, MT_BENCH, PERPLEXITY, PRINTED, category_tables, score_table, series
 from llamero.publish.picture import Point
 from llamero.publish.provided import INSTALLED, formats, provided_files
 from llamero.publish.release import BASE, SCRATCH
@@ -198,6 +198,7 @@ class Cards:
             packing=packing_notes(self.inputs.trained),
             curves=[(stage.name, self.curves[stage.name]) for stage in self.inputs.trained],
             mixtures=mixtures(self.inputs.data),
+            radars=list(self.radars),
             samples=[(self._labels[result.model], result) for result in self.inputs.results if result.samples],
             recipe=markdown.fence(_yaml(self.inputs.recipe), "yaml"),
         )
@@ -248,6 +249,19 @@ class Cards:
             picture=PICTURE if self.points else None,
             for_vllm=next((variant for variant in on_grids if VLLM in accepting(variant)), None),
         )
+
+    @property
+    def radars(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return MT-Bench's scores by category of every model that has them, by the file of the picture."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for part in series(self.inputs.results):
+            models = {
+                self.inputs.name if name == self.inputs.final else name: part.categories(result)
+                for name, result in part.results.items()
+            }
+            if part.task == MT_BENCH and any(models.values()):
+                found[f"mt-bench{'' if not found else f'-{len(found) + 1}'}.png"] = models
+        return found
 
     @property
     def points(self) -> dict[str, list[Point]]:

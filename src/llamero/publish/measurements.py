@@ -69,7 +69,7 @@ class Task(NamedTuple):
     metrics: tuple[Metric, ...]
 
 
-PERPLEXITY, AGREEMENT = "perplexity", "agreement"
+PERPLEXITY, AGREEMENT, MT_BENCH = "perplexity", "agreement", "mt_bench"
 
 PRINTED: dict[str, Task] = {
     "h4": Task("H4 average", "open-llm-leaderboard", (Metric("average", "H4 average"),)),
@@ -81,7 +81,7 @@ PRINTED: dict[str, Task] = {
     "winogrande": Task("WinoGrande", "winogrande", (Metric("acc", "WinoGrande"),)),
     "gsm8k": Task("GSM8K", "gsm8k", (Metric("exact_match", "GSM8K"),)),
     "toy_world": Task("Toy world", "toy_world", (Metric("accuracy", "Toy world"),)),
-    "mt_bench": Task(
+    MT_BENCH: Task(
         "MT-Bench",
         "mt_bench",
         (
@@ -142,6 +142,12 @@ class Series:
     def columns(self) -> list[tuple[str, Metric]]:
         """Return the columns that it fills: title and number."""
         return [(_titled(metric.title, self.text, self.number), metric) for metric in PRINTED[self.task].metrics]
+
+    def categories(self, result: Result) -> dict[str, float]:
+        """Return the main number of a result by category, where it tells categories apart (`score/math`)."""
+        prefix = f"{PRINTED[self.task].metrics[0].key}/"
+        scores = {key.removeprefix(prefix): value for key, value in result.metrics.items() if key.startswith(prefix)}
+        return {name: value for name, value in scores.items() if not name.endswith("_stderr")}
 
     def cell(self, model: str, metric: Metric) -> str:
         """Return what was measured of a model, or that nothing was."""

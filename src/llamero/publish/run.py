@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamero.core import files
 from llamero.engine.curves import loss_curve
+from llamero.engine.radar import radar
 from llamero.publish.card import PICTURE, Cards, read_prompt, read_shape
 from llamero.publish.picture import kl_against_size
 from llamero.publish.place import CHECKSUMS, place_model, write_checksums
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["ReleaseInputs", "run"]
 
 CARD = "README.md"
+MT_BENCH_HIGHEST = 10
 
 
 def run(config: PublishConfig, inputs: ReleaseInputs, out: Path) -> dict[str, Any]:
@@ -46,6 +48,10 @@ def run(config: PublishConfig, inputs: ReleaseInputs, out: Path) -> dict[str, An
     for stage in stages:
         metrics, picture = stage.artifact.path / "metrics.jsonl", out / inputs.name / curves[stage.name]
         loss_curve(metrics, picture, f"{inputs.name}: stage {stage.name}")
+    for picture, models in cards.radars.items():
+        categories = list(dict.fromkeys(category for scores in models.values() for category in scores))
+        title = f"{inputs.name}: MT-Bench by category"
+        radar(models, out / inputs.name / picture, title, categories=categories, highest=MT_BENCH_HIGHEST)
     files.write_atomically(out / inputs.name / CARD, cards.model())
     if inputs.variants:
         for artifact, variant in zip(inputs.variants, inputs.quantized, strict=True):

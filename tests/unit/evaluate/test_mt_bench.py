@@ -10,6 +10,7 @@ import pytest
 from llamero.core.errors import LlameroError
 from llamero.corpus import mt_bench as corpus
 from llamero.evaluate.mt_bench import (
+    Game,
     Match,
     Rated,
     Record,
@@ -135,9 +136,9 @@ def test_a_judge_that_says_nothing_is_an_error():
 
 
 def test_only_who_wins_in_both_orders_wins():
-    games = [("model_1", "model_1"), ("model_1", "model_2"), ("tie", "model_1"), ("model_2", "model_2"), ("tie", "tie"),
-             ("error", "model_1"), ("model_1", "model_1")]  # fmt: skip
-    found = records(Match("x", "y", each) for each in games)
+    one, two = "model_1", "model_2"
+    games: list[tuple[Game, Game]] = [(one, one), (one, two), ("tie", one), (two, two), ("tie", "tie"), ("error", one)]
+    found = records(Match("x", "y", each) for each in [*games, (one, one)])
     assert found == {"x": Record(2, 1, 3), "y": Record(1, 2, 3)}
     assert found["x"].adjusted == 3.5 / 6
 

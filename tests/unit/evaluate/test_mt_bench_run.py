@@ -445,6 +445,18 @@ def test_a_missing_key_is_said_before_the_model_is_loaded(tmp_path):
         run(named("mt_bench", {}), model=tmp_path / "none", name="x", template="auto", root=tmp_path)
 
 
+def test_only_the_first_process_asks(monkeypatch, measure):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(LlameroError, match="runs in one process"):
+        measure()
+
+
+def test_files_that_are_missing_are_said_before_the_model_is_loaded(tmp_path):
+    task = named("mt_bench", {"judge": "http://localhost:1/v1", "judge_model": "x", "data": "nowhere"})
+    with pytest.raises(LlameroError, match="no such file of MT-Bench"):
+        run(task, model=tmp_path / "none", name="x", template="auto", root=tmp_path)
+
+
 def test_how_the_judge_is_reached_does_not_decide_the_result():
     one = named("mt_bench", {"judge_threads": 3, "data": "a", "judge": "./judge"})
     two = named("mt_bench", {"judge_key_variable": "KEY", "data": "b", "judge": "/else/where/judge"})

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from llamero.core import files
 from llamero.core.artifact import Artifact
 from llamero.core.errors import LlameroError
+from llamero.core.results import Result
 from llamero.publish import place
 from llamero.publish.card import Cards, read_prompt, read_shape
 from llamero.publish.config import PublishConfig, Sampling
@@ -222,6 +223,17 @@ def test_nothing_unmeasured_appears(inputs, config):
     assert "| Size | BPW | Loads in |" in quantized
     assert "was not measured before they were published" in quantized
     assert ModelCard(model).data.to_dict()["model_name"] == "tiny"
+
+
+def test_mt_bench_is_printed_and_drawn_by_category(inputs, config, tmp_path):
+    scores = {"score": 1190.5 / 160, "turn_1": 7.5, "turn_2": 7.25, "score/math": 4.35, "score/writing": 9.0}
+    judged = Result("mt_bench", inputs.final, scores, "MT-Bench (FastChat); judge gpt-4")
+    run(config, replace(inputs, results=[*inputs.results, judged]), tmp_path)
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    assert "| 7.44063 | 7.50000 | 7.25000 |" in card
+    assert "![MT-Bench by category](mt-bench.png)" in card
+    assert (tmp_path / "tiny" / "mt-bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "mt-bench" not in cards(config, inputs).model()
 
 
 def test_what_is_held_back_is_said_and_drawn(inputs, config, tmp_path):

@@ -26,7 +26,8 @@ from llamero.core.errors import LlameroError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
-    from http.client import HTTPMessage, HTTPResponse
+    from email.message import Message
+    from http.client import HTTPResponse
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -245,11 +246,11 @@ class _Failure(Exception):  # noqa: N818
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Goes nowhere else: the key is for the server that was named."""
 
-    def redirect_request(self, *_: object) -> None:
+    def redirect_request(self, *_: object, **__: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None
 
 
-def _status(code: int, headers: HTTPMessage, said: str, url: str) -> Exception:
+def _status(code: int, headers: Message[str, str], said: str, url: str) -> Exception:
     """Return what a status other than success means."""
     problem = f"HTTP {code}: {said or 'no explanation'}"
     if 300 <= code < 400:
