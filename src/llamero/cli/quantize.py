@@ -22,6 +22,7 @@ from llamero.core.errors import LlameroError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
 
     from llamero.infer.texts import Text
@@ -64,10 +65,13 @@ def quantize(
     compute: Literal["auto", "float32", "bfloat16"] = "auto",
     propagation: Literal["shared", "reference", "per-bits", "exact"] = "shared",
     keep: Annotated[bool, Parameter(negative=())] = False,
+    device: Literal["cpu", "cuda", "auto"] = "cpu",
     plan: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Quantize a model to any number of variants, from one look at a calibration text.
+
+    Under torchrun all processes share the work, and the bytes are those of one process.
 
     Parameters
     ----------
@@ -113,6 +117,8 @@ def quantize(
         width, or each variant's own.
     keep
         Keep in OUT what was found on the text; with --keep other variants then need no new pass.
+    device
+        Where to compute; with cuda, or auto where there is CUDA, each process takes the device of its local rank.
     plan
         Only say how large each variant would be and which programs load it; needs no weights and no text.
     json
@@ -143,7 +149,7 @@ def quantize(
         "keep": keep,
     }
     keys |= measured.keys(measure=measure, texts=measure_text, max_kl=max_kl, anyway=publish_anyway)
-    _make(model, out_dir, keys, template=template)
+    _make(model, out_dir, keys, template=template, device=device)
 
 
 def _known(names: Sequence[str], *, sym: bool) -> tuple[str, ...]:
@@ -192,7 +198,7 @@ class _Prepared:
     """Default variants that cannot be made, and why."""
 
 
-def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> None:
+def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str, device: str) -> None:
     from llamero.core.files import disk_errors_named
 
     config = _config(keys)
@@ -200,7 +206,7 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
     from llamero.quantize.progress import forget
     from llamero.quantize.run import processes
 
-    world = processes()
+    world = processes(device=device)
     if not world.speaks:
         with world.together():
             pass  # the first process prepares
@@ -209,7 +215,7 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
         return
     with Bars(), disk_errors_named(out_dir), ExitStack() as stack:
         with world.together():
-            prepared = _prepare(stack, config, model, out_dir, template=template)
+            prepared = _prepare(stack, config, model, out_dir, template=template, device=world.device)
         job = world.told(prepared.job)
         reports, found = _carry_out(job, world)
         outcome = measured.judged(job.config, found)
@@ -224,7 +230,9 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str) -> 
         raise SystemExit(1)
 
 
-def _prepare(stack: ExitStack, config: QuantizeConfig, model: str, out_dir: Path, *, template: str) -> _Prepared:
+def _prepare(
+    stack: ExitStack, config: QuantizeConfig, model: str, out_dir: Path, *, template: str, device: torch.device
+) -> _Prepared:
     """Return what is to be done, and refuse what cannot be; hold the place of it."""
     from llamero.core.artifact import alone_in
     from llamero.core.download import resolve_model
@@ -244,7 +252,7 @@ def _prepare(stack: ExitStack, config: QuantizeConfig, model: str, out_dir: Path
     tokenizer = load_tokenizer(directory)
     drawn = draw(config.calibration, tokenizer, root=Path(), template=template)
     texts = measured.read_texts(config, tokenizer, directory, drawn)
-    progress = place(out_dir, decided(config, model=directory, tokens=drawn.sequences))
+    progress = place(out_dir, decided(config, model=directory, tokens=drawn.sequences, device=device))
     _say_unfinished(out_dir, progress)
     _take_back(out_dir, progress, config.variants)
     _refuse_taken(out_dir, config.variants)
