@@ -210,7 +210,9 @@ def _make(model: str, out_dir: Path, keys: dict[str, Any], *, template: str, dev
     if not world.speaks:
         with world.together():
             pass  # the first process prepares
-        _carry_out(world.told(None), world)
+        told: _Job | None = world.told(None)
+        assert told is not None
+        _carry_out(told, world)
         world.barrier()
         return
     with Bars(), disk_errors_named(out_dir), ExitStack() as stack:

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -56,7 +56,9 @@ class World:
             _join(parallel, self.device)
             self.mesh = device_mesh(parallel, self.device.type)
             if longest is not None:
-                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * longest))
+                group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * longest))
+                assert isinstance(group, dist.ProcessGroup)
+                self._group = group
             assert _watch is not None
             _watch.longest = parallel.timeout if longest is None else longest
 
@@ -158,6 +160,15 @@ class World:
             raise own
         if first is not None:
             raise first
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """Return what is made, on the first process before the others: they take part in what it begins."""
+        made: list[T] = []
+        for first in (True, False):
+            with self.together():
+                if self.speaks == first:
+                    made.append(make())
+        return made[0]
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -115,7 +115,7 @@ class Progress:
     """
 
     def __init__(self, path: Path, decides: Mapping[str, Any], *, rank: int = 0) -> None:
-        self.path, self._rank = path, rank
+        self.path, self.first = path, rank == 0
         self._commits: dict[str, dict[tuple[int | None, str], Commit]] = {}
         self._turned: dict[str, int] = {}
         self._news: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ class Progress:
         return load_file(path) if path.exists() else {}
 
     def _turn(self, stream: str, layer: int) -> None:
-        if self._rank == 0:
+        if self.first:
             self._tell({"stream": stream, "layer": layer})
 
     def waiting(self, needed: Mapping[str, int]) -> Callable[[str, list[int], int, torch.dtype], KeptWaiting]:

@@ -248,11 +248,12 @@ def run(
             place = _place(stack, out(asked.variants[0]).parent) if progress is None and world.speaks else progress
         place = world.told(place)
         assert place is not None
-        for first in (True, False):  # the first process begins what the others then take part in
-            with world.together():
-                if world.speaks == first:
-                    so_far = stack.enter_context(closing(Progress(place, decides, rank=world.rank)))
-                    works = _begin(stack, asked, out, so_far, shard_bytes=shard_bytes)
+
+        def begin(place: Path = place) -> tuple[Progress, list[_Work]]:
+            so_far = stack.enter_context(closing(Progress(place, decides, rank=world.rank)))
+            return so_far, _begin(stack, asked, out, so_far, shard_bytes=shard_bytes)
+
+        so_far, works = world.in_turn(begin)
         reused = _make(stack, asked, works, so_far)
         _hear(works, so_far, world)
         reports: list[VariantReport] = []
@@ -406,8 +407,9 @@ def _walk(
 
 
 def _writer(variant: Variant, directory: Path, meta: Llama, progress: Progress, **how: Any) -> Writer:
-    """Return what writes a variant, and goes on with what an earlier run has written of it."""
-    written = progress.written(variant.name) if directory.exists() else None
+    """Return what writes a variant, and goes on with what an earlier run, or the first process, has written of it."""
+    gone = progress.first and not directory.exists()
+    written = None if gone else progress.written(variant.name)
     writer = WRITERS[variant.layout](directory, meta, variant, written=written, **how)
     if written is None:
         progress.begin(variant.name)

@@ -199,7 +199,8 @@ def measure(
         with world.together():
             if world.speaks:
                 into.put(number, found)
-    waiting.rmdir()
+    with world.together():  # what all of this stands in gets its name next
+        waiting.rmdir()
 
 
 def _outputs(config: LlamaConfig) -> dict[str, int]:

@@ -48,6 +48,14 @@ def test_a_silent_process_is_named_with_its_last_step(watch):
     assert not watch.at(102, "2 0 3")
 
 
+def test_one_that_works_on_may_keep_the_others_waiting_as_long_as_it_is_given(watch):
+    watch.longest, watch.waiting_since, watch.meetings = 1000, 0, 5
+    assert not watch.at(101, "1 4 3")
+    assert not watch.at(999, "2 4 3")
+    assert watch.at(1001, "3 4 3") == [(1, "keeps the others waiting for 1001 s, at step 3")]
+    assert not watch.at(1002, "4 5 3")
+
+
 def test_a_barrier_sums_something_because_of_nothing_gloo_makes_no_sum():
     summed: list[list[float]] = []
     world: Any = SimpleNamespace(sum=summed.append)
