@@ -66,6 +66,10 @@ def evaluate(
     protocol: Literal["window", "llama.cpp"] | None = None,
     window: int | None = None,
     stride: int | None = None,
+    shots: int | None = None,
+    chat: Annotated[bool, Parameter(negative=())] = False,
+    system: str | None = None,
+    include: Path | None = None,
     template: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     softmax_dtype: Literal["float32", "model"] | None = None,
@@ -144,8 +148,16 @@ def evaluate(
         Tokens of a perplexity window, 512 by default.
     stride
         Tokens between windows, 256 by default.
+    shots
+        Examples before each question (lm-eval: tasks); by default as each task says.
+    chat
+        Ask in the chat template (lm-eval: tasks).
+    system
+        System message, with --chat (lm-eval: tasks).
+    include
+        Directory with more tasks in lm-eval's YAML.
     template
-        Chat template of prompts (toy_world, mt_bench, samples).
+        Chat template of prompts (toy_world, mt_bench, samples, --chat): the model's own by default.
     dtype
         Dtype of the weights, float32 by default.
     softmax_dtype
@@ -210,6 +222,10 @@ def evaluate(
         "protocol": protocol,
         "window": window,
         "stride": stride,
+        "shots": shots,
+        "chat": chat or None,
+        "system": system,
+        "include": None if include is None else str(include.resolve()),
         "dtype": dtype,
         "softmax_dtype": softmax_dtype,
         "judge": judge if judge is None or not Path(judge).exists() else str(Path(judge).resolve()),

@@ -172,8 +172,7 @@ def _written(one: Task, chunk: Sequence[_Prompted], asking: _Asking) -> list[Row
     """Return the lines of documents that are answered freely: greedily, up to whatever ends an answer."""
     subject = asking.subject
     most = min(openllm.GSM8K_TOKENS, asking.limit - 1)
-    ends = frozenset() if subject.tokenizer.eos_id is None else frozenset({subject.tokenizer.eos_id})
-    sampling = Sampling(temperature=0, max_new_tokens=most, stop_ids=ends, stop_strings=one.until)
+    sampling = Sampling(temperature=0, max_new_tokens=most, stop_ids=subject.ends, stop_strings=one.until)
     contexts = [each.pairs[0][0] for each in chunk]
     seen = [context[-(asking.limit - most) :] for context in contexts]
     with _samples_named(one, chunk):

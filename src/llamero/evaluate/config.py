@@ -15,6 +15,7 @@ HUB = "hub"
 """Stands for the files of the hub where a directory of benchmark files is asked for."""
 TODAY = ("openllm", "truthfulqa_mc1", "winogrande", "gsm8k")
 """What the leaderboard of 2023 did not ask, or not by itself."""
+WITH_MMLU = ("h4", "openllm", "mmlu")
 
 
 class _Task(Strict):
@@ -311,6 +312,42 @@ class SamplingTask(_Task):
         return self
 
 
+class LmEvalTask(_Task):
+    """Tasks of lm-evaluation-harness, by its own code and this project's scorer."""
+
+    tasks: Literal["lm-eval"]
+    """Name of the task."""
+    names: list[str] = Field(min_length=1)
+    """Tasks, groups or tags, as `llamero lm-eval ls tasks` lists them."""
+    include: str | None = None
+    """Directory with more tasks in lm-eval's YAML, relative to the recipe."""
+    shots: int | None = Field(default=None, ge=0)
+    """Examples before each question; by default as each task says."""
+    limit: int | None = Field(default=None, gt=0)
+    """Questions of each task, from the first."""
+    chat: bool = False
+    """Ask in the model's chat template, or in that which the recipe names; examples become turns."""
+    system: str | None = None
+    """System message."""
+    multiturn: bool = True
+    """Examples are turns of their own; else they stand in the question's. Only with `chat`."""
+    bos: bool | None = None
+    """Whether texts begin with the beginning-of-text token; by default as the tokenizer does."""
+    softmax_dtype: Literal["float32", "model"] = "float32"
+    """Dtype of log-probabilities."""
+    _paths = frozenset({"include"})
+
+    @property
+    def label(self) -> str:
+        """Return what stages and files are named by."""
+        return "lm-eval-" + "-".join(self.names)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the directory of more tasks."""
+        return {} if self.include is None else {"tasks": self.include}
+
+
 class HumanEvalTask(_Task):
     """Python functions that a model completes, run against tests in a sandbox."""
 
@@ -413,7 +450,8 @@ EvaluateConfig = Annotated[
     | SamplesTask
     | SamplingTask
     | HumanEvalTask
-    | NeedleTask,
+    | NeedleTask
+    | LmEvalTask,
     Field(discriminator="tasks"),
 ]
 """Every task there is. To add one: a class here (its `files` too, or changed files would go unnoticed), a function in
@@ -440,6 +478,7 @@ def named(name: str, given: Mapping[str, object]) -> EvaluateConfig:
             "haystack": "--haystack FILE",
             "to": "--to TOKENS",
             "haystackto": "--haystack FILE --to TOKENS",
+            "names": "--tasks lm-eval:TASK[,TASK]",
             "data": "--data DIR (layout: docs/evaluate.md)",
             "prompts": "--prompt TEXT",
         }
@@ -454,7 +493,10 @@ def several(names: str, given: Mapping[str, object]) -> list[EvaluateConfig]:
         names: Of the tasks, each once.
         given: Options that were given; one that none of the tasks has is refused.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    wanted, harness = _named_tasks(names)
+    if harness:
+        given = {**given, "names": harness}
+        wanted = [*wanted, "lm-eval"]
     subjects = [subject for name in wanted if (subject := _subject(name))]
     if subjects:  # one task
         if "subjects" in given or "mmlu" in wanted:
@@ -469,9 +511,19 @@ def several(names: str, given: Mapping[str, object]) -> list[EvaluateConfig]:
     if nobody:
         raise LlameroError(f"`{nobody[0]}` is not an option of any of {', '.join(wanted)}")
     return [
-        named(name, {key: value for key, value in given.items() if key in mine})
+        named(
+            name,
+            {key: value for key, value in given.items() if key in mine and (key != "subjects" or name in WITH_MMLU)},
+        )
         for name, mine in zip(wanted, fields, strict=True)
     ]
+
+
+def _named_tasks(names: str) -> tuple[list[str], list[str]]:
+    """Return this project's tasks and those of lm-eval: what follows `lm-eval:`, to the end."""
+    own, _, theirs = names.partition("lm-eval:")
+    parts = [list(dict.fromkeys(name.strip() for name in part.split(",") if name.strip())) for part in (own, theirs)]
+    return parts[0], parts[1]
 
 
 def _subject(name: str) -> str:

@@ -21,9 +21,7 @@ from llamero.core import progress
 from llamero.core.config import Strict, parse
 from llamero.core.download import resolve_model
 from llamero.core.errors import LlameroError, did_you_mean
-from llamero.core.journal import Journal
 from llamero.evaluate import tokens
-from llamero.evaluate.per_sample import prompt_digest
 from llamero.infer.chat import ends_of
 from llamero.infer.context import check_tokenizer, device_of
 from llamero.infer.engine import OwnEngine
@@ -43,8 +41,6 @@ _log = logging.getLogger(__name__)
 NAME = "llamero"
 MAX_GEN_TOKENS = 256
 """Of an answer whose task does not say: what lm-eval's `hf` takes."""
-CHUNK = 4096
-"""Requests that are scored before their answers are kept, where they are."""
 _SAMPLED = {"temperature", "top_p", "top_k", "repetition_penalty", "seed"}
 _IGNORED = {"do_sample", "until", "max_gen_toks", "use_cache"}
 """Generation options that are read elsewhere, or change no text."""
@@ -72,7 +68,7 @@ class Arguments(Strict):
     softmax_dtype: Softmax = "float32"
     """`float32`, or `model` for that of the weights, which `hf` takes."""
     keep: str | None = None
-    """File in which log-likelihoods are kept as they come, so that a killed run goes on."""
+    """Directory in which scores are kept as they come, so that a killed run goes on."""
     batch_size: int | str | None = None
     """Taken and not needed: requests are packed by tokens."""
     max_batch_size: int | None = None
@@ -101,7 +97,6 @@ class LlameroLM(TemplateLM):
         self._bos = self.own.add_bos if asked.add_bos_token is None else asked.add_bos_token
         self._prefix = asked.prefix_token_id
         self._template: str | None = None
-        self._kept = None if asked.keep is None else Journal(Path(asked.keep))
         self.truncated = 0
         """Requests that lost the beginning of their context."""
 
@@ -286,35 +281,9 @@ class LlameroLM(TemplateLM):
             yield number, text
 
     def _score(self, pairs: Sequence[Pair]) -> list[Scored]:
-        """Return how likely continuations are, from what is kept where it is."""
-        if self._kept is None:
-            found = self.engine.score(pairs, max_length=self.max_length, softmax=self.softmax)
-        else:
-            found = self._kept_or_scored(self._kept, pairs)
+        found = self.engine.score(pairs, max_length=self.max_length, softmax=self.softmax)
         self._count(sum(each.truncated > 0 for each in found))
         return found
-
-    def _kept_or_scored(self, kept: Journal, pairs: Sequence[Pair]) -> list[Scored]:
-        names = [f"{prompt_digest(context)}{prompt_digest(continuation)}" for context, continuation in pairs]
-        known = {row["pair"]: row for row in kept.records if "pair" in row}
-        missing = [number for number, name in enumerate(names) if name not in known]
-        for start in range(0, len(missing), CHUNK):
-            part = missing[start : start + CHUNK]
-            chunk = [pairs[number] for number in part]
-            scored = self.engine.score(chunk, max_length=self.max_length, softmax=self.softmax)
-            for number, each in zip(part, scored, strict=True):
-                row = {
-                    "pair": names[number],
-                    "log_likelihood": each.log_likelihood,
-                    "greedy": each.greedy,
-                    "tokens": each.tokens,
-                    "truncated": each.truncated,
-                }
-                if names[number] not in known:
-                    known[names[number]] = row
-                    kept.append(row)
-        fields = ("log_likelihood", "greedy", "tokens", "truncated")
-        return [Scored(**{field: known[name][field] for field in fields}) for name in names]
 
     def _count(self, cut: int) -> None:
         if cut:
@@ -328,7 +297,7 @@ def _opened(directory: Path, asked: Arguments) -> OwnEngine:
     loaded = load_model(directory, dtype=dtype, device=device)
     tokenizer = load_tokenizer(directory if asked.tokenizer is None else resolve_model(asked.tokenizer, weights=False))
     check_tokenizer(loaded, tokenizer, where=directory)
-    return OwnEngine(loaded, tokenizer)
+    return OwnEngine(loaded, tokenizer, kept=None if asked.keep is None else Path(asked.keep))
 
 
 def _sampling(options: Mapping[str, Any], most: int, ends: frozenset[int], strings: tuple[str, ...]) -> Sampling:

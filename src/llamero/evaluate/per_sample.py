@@ -45,6 +45,11 @@ def prompt_digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(array("q", ids).tobytes()).hexdigest()[:16]
 
 
+def text_digest(arguments: Sequence[object]) -> str:
+    """Return what names a prompt of which only the text is known: what a model was asked, and how."""
+    return hashlib.sha256(json.dumps(list(arguments), default=str).encode()).hexdigest()[:16]
+
+
 class SampleFile:
     """The samples of a run, some of which may be there already.
 

@@ -15,11 +15,12 @@ from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.corpus import toy_world
 from llamero.corpus.dataset import Dataset
-from llamero.evaluate import ask, humaneval, needle, sampling, wikitext
+from llamero.evaluate import ask, humaneval, lm_eval_run, needle, sampling, wikitext
 from llamero.evaluate.config import (
     EvaluateConfig,
     H4Task,
     HumanEvalTask,
+    LmEvalTask,
     MtBenchTask,
     NeedleTask,
     PerplexityTask,
@@ -199,6 +200,7 @@ TASKS: dict[type[Any], Callable[[Any, Subject], list[Result]]] = {
     PerplexityTask: _perplexity,
     WikitextTask: _wikitext,
     H4Task: ask.run,
+    LmEvalTask: lm_eval_run.run,
     SamplesTask: _samples,
     SamplingTask: sampling.run,
     HumanEvalTask: humaneval.run,

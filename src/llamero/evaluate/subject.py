@@ -7,6 +7,7 @@ from typing import Any
 
 from llamero.core.results import Result
 from llamero.evaluate import per_sample
+from llamero.infer.chat import ends_of
 from llamero.infer.engine import OwnEngine
 from llamero.model.llama import Llama
 from llamero.text.tokenizer import Tokenizer
@@ -30,6 +31,11 @@ class Subject:
     """Where the model was read from."""
     work: Path | None = None
     """Directory for files of the measurement: a run that was cut off finds there what it had, and goes on."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Return the tokens that end a text."""
+        return ends_of(self.directory, self.tokenizer)
 
     @property
     def model(self) -> Llama:

@@ -99,6 +99,7 @@ PRINTED: dict[str, Task] = {
             Metric("loss_rate", "MT-Bench losses"),
         ),
     ),
+    "lm-eval": Task("lm-eval", None, (Metric("score", "Score", ".4f", percent=False),)),
     PERPLEXITY: Task("Perplexity", None, (Metric("perplexity", "Perplexity", ".3f", percent=False),)),
     "wikitext": Task(
         "WikiText",
