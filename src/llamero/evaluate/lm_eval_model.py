@@ -100,6 +100,24 @@ class LlameroLM(TemplateLM):
         self.truncated = 0
         """Requests that lost the beginning of their context."""
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "LlameroLM":
+        """Return the model that a command line describes; what `--model_args` says goes before other options.
+
+        Args:
+            arg_dict: `--model_args`.
+            additional_config: lm-eval's own options: batch size and device.
+        """
+        more = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**more, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "LlameroLM":
+        """Return the model that `key=value,key=value` describes, see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
+
     # -- what lm-eval asks about
 
     @property
@@ -292,7 +310,11 @@ class LlameroLM(TemplateLM):
 
 
 def _opened(directory: Path, asked: Arguments) -> OwnEngine:
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = asked.device or "cuda"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        if asked.device not in (None, "cuda:0"):  # lm-eval's command line says cuda:0 of itself
+            raise LlameroError(f"there is no device `{device}` here", fix="give device=cpu")
+        device = "cpu"
     dtype = None if asked.dtype == "auto" else getattr(torch, asked.dtype)
     loaded = load_model(directory, dtype=dtype, device=device)
     tokenizer = load_tokenizer(directory if asked.tokenizer is None else resolve_model(asked.tokenizer, weights=False))
