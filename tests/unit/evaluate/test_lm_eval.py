@@ -130,12 +130,12 @@ def test_conversations_are_written_as_hf_writes_them(lm_eval, ours, theirs, monk
     open_end = [*said, {"role": "assistant", "content": "The answer is "}]
     with pytest.raises(LlameroError, match="no chat template"):
         ours.chat_template(True)
-    jinja = ours.chat_template("chatml")
+    jinja = ours.chat_template("vicuna")
     monkeypatch.setattr(theirs.tokenizer, "chat_template", jinja)
     assert ours.apply_chat_template(said) == theirs.apply_chat_template(said)
     assert ours.apply_chat_template(open_end, False) == theirs.apply_chat_template(open_end, False)
-    with pytest.raises(LlameroError, match="did you mean `chatml`"):
-        ours.chat_template("chatm")
+    with pytest.raises(LlameroError, match="did you mean `vicuna`"):
+        ours.chat_template("vicun")
 
 
 @pytest.mark.slow
