@@ -36,7 +36,7 @@ class AgreedSums:
     def add(self, x: Float[Tensor, "tokens d"]) -> None:
         """Take in the inputs of a group; the first one waits for the other processes."""
         if not self._met:
-            self.meet(units(x, self._groups).on("cpu"))
+            self.meet(units(x, self._groups, products=self._products).on("cpu"))
         if self._sums is None:
             raise LlameroError("the first process has not seen its inputs", where=self.where)
         self._sums.add(x)

@@ -31,7 +31,7 @@ from llamero.model.load import empty_model, load_block
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import World
 from llamero.quantize.agreed import AgreedSums, added_up
-from llamero.quantize.statistics import INPUTS, Channels, Statistics
+from llamero.quantize.statistics import INPUTS, Channels, Statistics, largest
 from llamero.quantize.waiting import KeptWaiting, Waiting
 
 GROUP_TOKENS = 2048
@@ -257,9 +257,8 @@ class _Recorder:
 
     def record(self, x: Float[Tensor, "tokens d"]) -> None:
         """Take in the inputs of a group, or name the layer and the sequence whose inputs are not numbers."""
-        total = x.sum(dtype=torch.float32)  # cheaper than looking at each; what is infinite here may still be too many
-        if not bool(total.isfinite()) and not bool((finite := x.isfinite()).all()):
-            token = int((~finite.all(1)).nonzero()[0])
+        if not bool(largest(x).isfinite().all()):
+            token = int((~x.isfinite().all(1)).nonzero()[0])
             raise LlameroError(
                 f"its inputs on the calibration text are not all finite, first in sequence "
                 f"{_current.group.sequence(token)}",
@@ -304,8 +303,9 @@ def passing(config: LlamaConfig, tokens: int, itemsize: int) -> int:
 
 
 def resting(config: LlamaConfig, itemsize: int) -> int:
-    """Return how many bytes a layer and the sums of its statistics take; arguments as of `passing`."""
-    return weights(config) * itemsize + sum(moments(config))
+    """Return how many bytes a layer and the sums of its statistics take, with what is expected of them in bfloat16."""
+    sums = sum(moments(config))
+    return weights(config) * itemsize + sums + (sums // 4 if itemsize == 2 else 0)
 
 
 def weights(config: LlamaConfig) -> int:

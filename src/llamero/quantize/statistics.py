@@ -30,8 +30,18 @@ INPUTS: dict[str, tuple[str, ...]] = {
 }
 """The distinct inputs within a decoder layer, each by the first of the linear layers that it flows into."""
 
-TILE = {"cpu": 256, "cuda": 2048}
-"""Channels of a tile of the second moment, by the kind of device: only tiles on and below the diagonal are computed."""
+TILE = {"cpu": 512, "cuda": 2048}
+"""Channels of a tile of the second moment at most, by the kind of device: only tiles on and below the diagonal are
+computed."""
+
+TILES = 6
+"""Into how many tiles a side is cut at least, where they are then of `LEAST` channels or more."""
+
+LEAST = 128
+"""Channels of a tile at least: products of fewer are slow."""
+
+WIDE = 4096
+"""Channels of neighbouring tiles that are computed in one product."""
 
 _BITS = 53
 """Of float64's significand."""
@@ -81,16 +91,19 @@ class Units:
     """Of what the sums over one input are multiples."""
 
     scale: Float[Tensor, " d"]
-    """Powers of two that each channel is multiplied by before it is summed."""
+    """Powers of two that make all channels of one size: a sum of a channel is a multiple of the unit over its own."""
     unit: float
-    """Of the sums of what comes out, a power of two."""
+    """Of the sums of channels so scaled, a power of two."""
+    expected: Float[Tensor, " tiles"] | None = None
+    """Products of the channels over one group, bfloat16, tile after tile, where products come out in bfloat16 (on a
+    CPU): only what a group is off by them is rounded to it. `None`: products come out in float32."""
 
     def on(self, device: torch.device | str) -> Units:
         """Return them on a device."""
-        return Units(self.scale.to(device), self.unit)
+        return Units(self.scale.to(device), self.unit, None if self.expected is None else self.expected.to(device))
 
 
-def units(x: Float[Tensor, "tokens d"], groups: int) -> Units:
+def units(x: Float[Tensor, "tokens d"], groups: int, *, products: bool = True) -> Units:
     """Return units for sums over groups of tokens of which this one is typical.
 
     A sum may come out 2^20 times larger than this group makes expect before its additions round; a unit is then
@@ -99,12 +112,60 @@ def units(x: Float[Tensor, "tokens d"], groups: int) -> Units:
     Args:
         x: Inputs of one group of tokens, the same one whoever asks.
         groups: How many groups there are in all.
+        products: Whether products of channels are to be summed.
     """
     size = x.float().square().mean(0).sqrt_()
     size = torch.where(size > 0, size, size.mean())  # of a channel that is silent here nothing is known
     exponents = torch.where(size > 0, torch.frexp(size).exponent, 0)
     expected = math.ceil(math.log2(len(x) * groups)) + 1
-    return Units(torch.ldexp(torch.ones_like(size), -exponents), math.ldexp(1.0, expected + _HEADROOM - _BITS))
+    scale, unit = torch.ldexp(torch.ones_like(size), -exponents), math.ldexp(1.0, expected + _HEADROOM - _BITS)
+    if not products or x.dtype != torch.bfloat16 or x.is_cuda:
+        return Units(scale, unit)
+    x, tiles = x.float(), _Tiles(len(scale), x.device)
+    found = tiles.zeros(torch.bfloat16)
+    for (rows, columns), tile in tiles.views(found):
+        tile.copy_(x[:, rows].T @ x[:, columns])
+    return Units(scale, unit, found)
+
+
+def largest(x: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
+    """Return the largest magnitude of each channel, float32: infinite or NaN where any is."""
+    magnitude = x.abs()
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]  # as such they are in the same order
+    return magnitude.view(whole).amax(0).view(x.dtype).float()
+
+
+class _Tiles:
+    """How the lower triangle of a second moment lies in memory: tiles of rows, each up to the diagonal and a little on.
+
+    Args:
+        width: Channels.
+        device: That products are computed on.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        most = TILE.get(device.type, TILE["cuda"])
+        height = max(LEAST, 1 << max(0, (width // TILES).bit_length() - 1))
+        self._width, self._device, self._height = width, device, min(most, height) if device.type == "cpu" else most
+
+    def places(self) -> Iterator[tuple[slice, slice]]:
+        """Yield rows and columns of every product; those of the diagonal are the last of their rows."""
+        for start in range(0, self._width, self._height):
+            rows = slice(start, min(start + self._height, self._width))
+            yield from ((rows, slice(first, min(first + WIDE, rows.stop))) for first in range(0, rows.stop, WIDE))
+
+    def zeros(self, dtype: torch.dtype) -> Float[Tensor, " tiles"]:
+        """Return room for all tiles."""
+        size = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.places())
+        return torch.zeros(size, dtype=dtype, device=self._device)
+
+    def views(self, tiles: Float[Tensor, " tiles"]) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "rows columns"]]]:
+        """Yield the place of every tile, and the tile."""
+        start = 0
+        for rows, columns in self.places():
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            yield (rows, columns), tiles[start : start + height * width].view(height, width)
+            start += height * width
 
 
 class Sums:
@@ -119,37 +180,38 @@ class Sums:
         self.width, self.units, self.products = len(units.scale), units, products
         self.tokens = 0
         self._device = device = units.scale.device
-        self._tile = min(self.width, TILE.get(device.type, TILE["cuda"]))
-        rows = -(-self.width // self._tile) if products else 0
-        shape = (rows * (rows + 1) // 2, self._tile, self._tile)
-        self._tiles = torch.zeros(shape, dtype=torch.float64, device=device)  # row after row, each up to the diagonal
+        self._layout = _Tiles(self.width if products else 0, device)
+        self._tiles = self._layout.zeros(torch.float64)
         self._lock = Lock()
         self._energy, self._magnitude = (torch.zeros(self.width, dtype=torch.float64, device=device) for _ in range(2))
         self._largest = torch.zeros(self.width, device=device)
+        self._units = 1 / units.scale.double()  # of each channel, over the unit
 
     def add(self, x: Float[Tensor, "tokens d"]) -> None:
         """Take in the inputs of a group of tokens."""
-        x = x * self.units.scale.to(x.dtype)
-        if not x.is_cuda:
-            x = x.float()  # on a CPU the product of bfloat16 is rounded to bfloat16, which is too coarse
-        magnitude = x.abs()
-        total, largest = magnitude.sum(0, dtype=torch.float32), magnitude.amax(0).float()
-        del magnitude
-        energy = torch.empty(self.width, device=x.device)
-        for number, (rows, columns) in enumerate(self._places()):
-            product = self._product(x[:, rows], x[:, columns])
-            if rows == columns:
-                energy[rows] = product.diagonal()
-            rounded = self._rounded(product)
-            with self._lock:
-                self._tiles[number, : len(product), : product.shape[1]] += rounded
-        if not self.products:
-            energy = x.float().square_().sum(0)
+        total, most = x.abs().float().sum(0), largest(x)
+        energy = self._products(x) if self.products else x.float().square().sum(0)
         with self._lock:
-            self._energy += self._rounded(energy)
-            self._magnitude += self._rounded(total)
-            torch.maximum(self._largest, largest, out=self._largest)
+            self._energy += self._rounded(energy.double(), self._units, self._units)
+            self._magnitude += self._rounded(total.double(), self._units)
+            torch.maximum(self._largest, most, out=self._largest)
             self.tokens += len(x)
+
+    def _products(self, x: Tensor) -> Float[Tensor, " d"]:
+        """Add the products of channels; return the squares."""
+        expected = self.units.expected
+        if expected is None and not x.is_cuda:
+            x = x.float()  # on a CPU the product of bfloat16 is rounded to bfloat16, which is too coarse
+        energy = torch.empty(self.width, device=x.device)
+        known = None if expected is None else self._layout.views(expected)
+        for (rows, columns), tile in self._layout.views(self._tiles):
+            product = _product(x[:, rows], x[:, columns], None if known is None else next(known)[1])
+            if rows.stop == columns.stop:
+                energy[rows] = product.diagonal(rows.start - columns.start).float()
+            rounded = self._rounded(product, self._units[rows, None], self._units[columns])
+            with self._lock:
+                tile += rounded
+        return energy
 
     def merge(self, other: Sums) -> None:
         """Take in what another one has summed, in any order; its units must be the same."""
@@ -170,11 +232,11 @@ class Sums:
 
     def channels(self, where: str) -> Channels:
         """Return what is known of each channel alone."""
-        if float(torch.maximum(self._energy, self._magnitude).max()) > math.ldexp(self.units.unit, _BITS):
+        over = torch.maximum(self._energy / self._units**2, self._magnitude / self._units)
+        if float(over.max()) > math.ldexp(self.units.unit, _BITS):
             log.warning("%s: much larger inputs than in the first sequences; their sums were rounded", where)
-        back = 1 / self.units.scale
-        mean = (self._magnitude / max(1, self.tokens) * back).float()
-        return Channels((self._energy * back * back).float(), mean, self._largest * back, self.tokens)
+        mean = (self._magnitude / max(1, self.tokens)).float()
+        return Channels(self._energy.float(), mean, self._largest, self.tokens)
 
     def statistics(self, where: str) -> Statistics:
         """Return the statistics and let go of the sums.
@@ -182,34 +244,34 @@ class Sums:
         Args:
             where: Name of the layer, for the log.
         """
-        channels, back = self.channels(where), 1 / self.units.scale.double()
+        channels = self.channels(where)
         moment = torch.zeros(self.width, self.width, device=self._device)
-        for number, (rows, columns) in enumerate(self._places()):
-            height, width = len(back[rows]), len(back[columns])
-            tile = (self._tiles[number, :height, :width] * back[rows, None] * back[columns]).float()
-            if rows == columns:
-                tile = tile.tril() + tile.tril(-1).T  # a product's two halves may differ in their last bits
+        for (rows, columns), tile in self._layout.views(self._tiles):
             moment[rows, columns] = tile
-            if rows != columns:
-                moment[columns, rows] = tile.T
+            if rows.stop == columns.stop:
+                corner = moment[rows, rows]
+                corner.copy_(corner.tril() + corner.tril(-1).T)  # a product's two halves may differ in their last bits
+            before = slice(columns.start, min(columns.stop, rows.start))
+            moment[before, rows] = moment[rows, before].T
         self._tiles = self._tiles[:0].clone()
         return Statistics(moment, channels.mean_abs, channels.tokens, channels.absmax)
 
-    def _places(self) -> Iterator[tuple[slice, slice]]:
-        """Yield rows and columns of every tile."""
-        starts = range(0, self.width if self.products else 0, self._tile)
-        parts = [slice(start, start + self._tile) for start in starts]
-        for number, rows in enumerate(parts):
-            for columns in parts[: number + 1]:
-                yield rows, columns
+    def _rounded(self, x: Float[Tensor, "..."], *units: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return `x`, float64, as multiples of the product of units: adding 1.5·2^52 of them leaves no bits below one.
 
-    @staticmethod
-    def _product(rows: Tensor, columns: Tensor) -> Float[Tensor, "rows columns"]:
-        if rows.dtype == torch.bfloat16:
-            return torch.mm(rows.T, columns, out_dtype=torch.float32)
-        return rows.T @ columns
-
-    def _rounded(self, x: Tensor) -> Float[Tensor, "..."]:
-        """Return `x` in float64 as a multiple of the unit: adding 1.5·2^52 units leaves no bits below one unit."""
+        Args:
+            x: Is overwritten.
+            units: Of rows and columns, over the unit.
+        """
         magic = 1.5 * math.ldexp(self.units.unit, _BITS - 1)
-        return x.double().add_(magic).sub_(magic)
+        first, second = units if len(units) == 2 else (units[0], torch.ones_like(units[0]))
+        return x.addcmul_(first, second, value=magic).addcmul_(first, second, value=-magic)
+
+
+def _product(rows: Tensor, columns: Tensor, expected: Tensor | None) -> Float[Tensor, "rows columns"]:
+    """Return `rows.T @ columns` in float64, of which all but what is expected was rounded as the device has it."""
+    if expected is not None:
+        return torch.addmm(expected, rows.T, columns, beta=-1).double().add_(expected)
+    if rows.dtype == torch.bfloat16:
+        return torch.mm(rows.T, columns, out_dtype=torch.float32).double()
+    return (rows.T @ columns).double()

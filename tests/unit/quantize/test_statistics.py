@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamero.quantize import statistics
-from llamero.quantize.statistics import Sums, units
+from llamero.quantize.statistics import Sums, Units, units
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(statistics, "TILE", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(statistics, "LEAST", 4)
+    monkeypatch.setattr(statistics, "WIDE", 16)
 
 
 def inputs(groups=6, width=40, seed=0, spread=3.0):
@@ -81,12 +82,31 @@ def test_plain_sums_would_depend_on_the_order():
     assert not torch.equal(one, other)
 
 
-def test_bfloat16_inputs_are_summed_as_well():
-    groups = [x.bfloat16() for x in inputs(16)]
-    found = summed(groups, units(groups[0], len(groups))).statistics("x")
+def error_of_bfloat16(groups, unit):
+    """Return by how much sums over bfloat16 inputs are off, at most, as shares of the sizes of both channels."""
+    found = summed(groups, unit).statistics("x")
+    assert torch.equal(found.second_moment, found.second_moment.T)
     x = torch.cat(groups).double()
-    scale = (x.square().sum(0)[:, None] * x.square().sum(0)).sqrt()
-    assert (((found.second_moment - x.T @ x) / scale).abs() < 1e-6).all()
+    size = x.square().sum(0).sqrt()
+    return float(((found.second_moment - x.T @ x) / torch.outer(size, size)).abs().max())
+
+
+def test_of_bfloat16_only_what_was_not_expected_is_rounded():
+    """Text is alike: what a group is off by the first one is a fraction of it."""
+    generator = torch.Generator().manual_seed(3)
+    common = torch.randn(40, generator=generator)
+    groups = [(common + 0.5 * torch.randn(512, 40, generator=generator)).bfloat16() for _ in range(8)]
+    unit = units(groups[0], len(groups))
+    unaware = Units(unit.scale, unit.unit, torch.zeros_like(unit.expected))
+    assert 3 * error_of_bfloat16(groups, unit) < error_of_bfloat16(groups, unaware)
+    assert error_of_bfloat16(groups, Units(unit.scale, unit.unit)) < 1e-5  # as float32 where nothing is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [-3.0, 0.0, -torch.inf, torch.inf, torch.nan])
+def test_the_largest_magnitude_shows_what_is_no_number(dtype, value):
+    x = torch.tensor([[1.0, -2.0], [-1.0, value]], dtype=dtype)
+    torch.testing.assert_close(statistics.largest(x), x.abs().amax(0).float(), equal_nan=True)
 
 
 def test_sums_in_different_units_do_not_mix():
