@@ -1,8 +1,8 @@
 """What is remembered of the inputs of linear layers: sums that come out the same in whatever order they are made.
 
-Floating-point sums depend on their order, and so on who adds what. Here each channel is multiplied by a power of two,
-so that all are of one size, and each addend is rounded to a multiple of one unit before it is added in float64. The
-unit is so coarse that no sum needs more than float64's 53 bits: every addition is exact. What threads or processes
+Floating-point sums depend on their order, and so on who adds what. Here each addend is rounded to a multiple of one
+unit, a power of two for each channel or pair of channels, before it is added in float64. The units are so coarse that
+no sum needs more than float64's 53 bits: every addition is exact. What threads or processes
 found is merged in any order, with the same bytes at the end.
 """
 
@@ -159,7 +159,9 @@ class _Tiles:
         size = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.places())
         return torch.zeros(size, dtype=dtype, device=self._device)
 
-    def views(self, tiles: Float[Tensor, " tiles"]) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "rows columns"]]]:
+    def views(
+        self, tiles: Float[Tensor, " tiles"]
+    ) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "rows columns"]]]:
         """Yield the place of every tile, and the tile."""
         start = 0
         for rows, columns in self.places():
