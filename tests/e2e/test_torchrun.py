@@ -30,6 +30,10 @@ def recipe(tmp_path):
 
 
 def llamero(recipe, out, *options, processes=1):
+    return command("run", str(recipe), "--out", str(out), *options, processes=processes)
+
+
+def command(*arguments, processes=1):
     start = [
         "-m",
         "torch.distributed.run",
@@ -39,16 +43,9 @@ def llamero(recipe, out, *options, processes=1):
         "-m",
         "llamero.cli",
     ]
-    command = [
-        sys.executable,
-        *(start if processes > 1 else ["-m", "llamero.cli"]),
-        "run",
-        str(recipe),
-        "--out",
-        str(out),
-    ]
+    whole = [sys.executable, *(start if processes > 1 else ["-m", "llamero.cli"]), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=240)
 
 
 def lines(out, stage):
@@ -100,6 +97,17 @@ quantize:
         made.append({str(path.relative_to(out)): path.read_bytes() for path in paths})
     assert sum(name.startswith("measure-") for name in made[0]) > 5
     assert made[0] == made[1]
+    how = ["--text", str(text), "--sequence", "64", "--tokens", "512", "--variant", "gptq-4bit-32g-actorder_True"]
+    how += ["--variant", "gguf-Q8_0", "--measure-text", str(other)]
+    said = [command("quantize", str(base), str(tmp_path / f"o{n}"), *how, processes=n) for n in (1, 2)]
+    assert [each.returncode for each in said] == [0, 0], said[1].stderr
+    assert said[1].stdout.count("written to") == 1
+    assert "shared by 2 processes" in said[1].stdout
+    made = [{p.relative_to(o): p.read_bytes() for p in o.glob("*/*")} for o in (tmp_path / "o1", tmp_path / "o2")]
+    assert made[0] == made[1]
+    again = command("quantize", str(base), str(tmp_path / "o2"), *how, processes=2)
+    assert again.returncode != 0
+    assert "is there already" in again.stderr
 
 
 @pytest.mark.slow

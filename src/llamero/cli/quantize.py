@@ -131,6 +131,8 @@ def quantize(
         keys["variants"] = _known(variant, sym=sym)
     if plan:
         keys["calibration"] = {"sequence": sequence, "tokens": tokens}
+        if environment.rank():
+            return
         _say_plan(model, keys, as_json=json)
         return
     if out_dir is None or json:
