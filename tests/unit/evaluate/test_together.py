@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).parents[4] / "shared/data"
+SHARED = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).resolve().parents[4] / "shared")) / "data"
 MODEL, DATA = SHARED / "weights/tinystories-656k-hf", SHARED / "benchmarks"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="the shared data folder is not here"),
+    pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="no shared data folder (set LLAMERO_SHARED)"),
 ]
 
 
