@@ -11,12 +11,11 @@ model, tokens of the prefix tree (what has to be computed at least), the largest
 questions whose likeliest answer is another, and how far the peak of memory rose while scoring.
 
     python benchmarks/eval_vs_lm_eval.py [--dtype float32 bfloat16] [--tasks mmlu arc …] [--data DIR] [--tokenizer DIR]
-    python benchmarks/eval_vs_lm_eval.py --count      # tokens of all of H4, nothing is scored
+    python benchmarks/eval_vs_lm_eval.py --count [--limit 20]      # tokens of all of H4, nothing is scored
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -138,11 +137,18 @@ def one_side(work: Path, side: str, dtype: str) -> None:
     torch.set_num_threads(1)
     pairs: Pairs = [(context, continuation) for context, continuation in json.loads((work / "pairs.json").read_text())]
     score, seen = SIDES[side](work / "model", getattr(torch, dtype), pairs)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten
+    before, start = memory("VmRSS"), time.process_time()
     found = score()
     cost = time.process_time() - start
-    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    rise = (memory("VmHWM") - before) / 1024
     (work / f"{side}.json").write_text(json.dumps({"found": found, "cpu_s": cost, "tokens": sum(seen), "mib": rise}))
+
+
+def memory(what: str) -> int:
+    """Return KiB of this process as Linux counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def run_side(work: Path, side: str, dtype: str) -> dict[str, Any]:
@@ -193,15 +199,15 @@ def compare(work: Path, task: str, dtype: str, counts: list[int], pairs: Pairs) 
     return mine["cpu_s"], other["cpu_s"]
 
 
-def count(data: Path, tokenizer: Path) -> None:
-    """Print what all of H4 comes to."""
+def count(data: Path, tokenizer: Path, limit: int | None) -> None:
+    """Print what H4 comes to."""
     encode, total = load_tokenizer(tokenizer), [0, 0, 0]
     print("| task | requests | tokens of requests | tokens of the tree | computed / tree | passes |")
     print("|---|---|---|---|---|---|")
     for name in h4.BENCHMARKS:
         pairs = [
             tokens.pair(encode, request.context, request.continuation, bos=False)
-            for one in h4.tasks(data, (name,))
+            for one in h4.tasks(data, (name,), limit=limit)
             for request in one.requests
         ]
         work = prepare(SHAPE, pairs, pass_tokens=PASS_TOKENS["cpu"])
@@ -239,7 +245,7 @@ def main() -> None:
         one_side(given.work, given.side, given.dtype[0])
         return
     if given.count:
-        count(given.data, given.tokenizer)
+        count(given.data, given.tokenizer, given.limit)
         return
     print("| task | dtype | documents | tokens hf | ours | / tree | hf : ours | Δ | other answers | MiB hf | ours |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
