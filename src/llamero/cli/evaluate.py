@@ -73,6 +73,7 @@ def evaluate(
     template: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     softmax_dtype: Literal["float32", "model"] | None = None,
+    engine: str | None = None,
     judge: str | None = None,
     judge_model: str | None = None,
     judge_key_variable: str | None = None,
@@ -162,6 +163,9 @@ def evaluate(
         Dtype of the weights, float32 by default.
     softmax_dtype
         Dtype of log-probabilities, float32 by default; both harnesses compute them in that of the weights (`model`).
+    engine
+        Who runs the model (h4 and its parts): llamero, vllm, or http://HOST:PORT/v1 of an OpenAI-compatible server that
+        echoes log-probabilities and knows the model as MODEL.
     judge
         Who judges (mt_bench): the address of a server with OpenAI's interface (http://HOST:PORT/v1), the name of a
         model of OpenAI (gpt-4 by default), or a model to run here (directory or owner/name of the hub).
@@ -228,6 +232,7 @@ def evaluate(
         "include": None if include is None else str(include.resolve()),
         "dtype": dtype,
         "softmax_dtype": softmax_dtype,
+        "engine": engine,
         "judge": judge if judge is None or not Path(judge).exists() else str(Path(judge).resolve()),
         "judge_model": judge_model,
         "judge_key_variable": judge_key_variable,

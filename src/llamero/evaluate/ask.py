@@ -76,7 +76,7 @@ def run(task: H4Task, subject: Subject) -> list[Result]:
     how = _how(task, asked, bos)
     kept = SampleFile(subject.samples, writes=world.rank() == 0)
     kept.begin(task.label, {"model": subject.name, **how, **subject.measured()})
-    limit = subject.model.config.max_position_embeddings
+    limit = subject.config.max_position_embeddings
     asking = _Asking(task, subject, bos, limit, kept)
     total = sum(len(one.documents) for one in asked)
     with progress.Line(f"evaluate {subject.name}", total=total, unit="questions") as line:

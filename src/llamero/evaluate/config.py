@@ -18,6 +18,10 @@ TODAY = ("openllm", "truthfulqa_mc1", "winogrande", "gsm8k")
 WITH_MMLU = ("h4", "openllm", "mmlu")
 
 
+OWN_ENGINE = "llamero"
+"""The engine that is our own."""
+
+
 class _Task(Strict):
     models: list[str] = ["base", "final", "variants"]
     """Which models: `base`, `final`, `variants` (all quantized ones), a training stage, or one variant."""
@@ -68,6 +72,9 @@ class H4Task(_Task):
     later one."""
     softmax_dtype: Literal["float32", "model"] = "float32"
     """Dtype of log-probabilities and of their sums; both harnesses compute them in that of the model's weights."""
+    engine: str = Field(default=OWN_ENGINE, pattern=r"^(llamero|vllm|https?://.+)$")
+    """Who runs the model: `llamero`, `vllm` where it is installed, or the address of an OpenAI-compatible server that
+    echoes log-probabilities (http://localhost:8000/v1), which knows the model by the name that it has here."""
     _paths = frozenset({"data"})
 
     @property
@@ -82,7 +89,9 @@ class H4Task(_Task):
 
     def decides(self) -> dict[str, object]:
         """Return what decides the result."""
-        return {**super().decides(), **({"data": HUB} if self.data == HUB else {})}
+        own = {"engine"} if self.engine == OWN_ENGINE else set()
+        said = {key: value for key, value in super().decides().items() if key not in own}
+        return {**said, **({"data": HUB} if self.data == HUB else {})}
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from llamero.corpus import toy_world
 from llamero.corpus.dataset import Dataset
 from llamero.evaluate import ask, humaneval, lm_eval_run, needle, sampling, wikitext
 from llamero.evaluate.config import (
+    OWN_ENGINE,
     EvaluateConfig,
     H4Task,
     HumanEvalTask,
@@ -34,16 +35,19 @@ from llamero.evaluate.mt_bench_answers import Speaker
 from llamero.evaluate.mt_bench_run import Bench
 from llamero.evaluate.subject import Subject, standard_error
 from llamero.infer import choices, score, texts
+from llamero.infer.backends.completions import CompletionsEngine
+from llamero.infer.backends.openai import Client, Endpoint
+from llamero.infer.backends.vllm import VllmEngine
 from llamero.infer.chat import Chat
-from llamero.infer.context import check_tokenizer
-from llamero.infer.engine import OwnEngine
+from llamero.infer.context import check_tokenizer, context_length
+from llamero.infer.engine import Engine, OwnEngine
 from llamero.infer.sampler import Sampling
 from llamero.infer.score import KL_PROTOCOL
 from llamero.infer.texts import Text
-from llamero.model.load import load_model
+from llamero.model.load import load_config, load_model
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import World, device
-from llamero.text.tokenizer import load_tokenizer
+from llamero.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def run(
@@ -75,17 +79,30 @@ def run(
         return []
     if isinstance(task, MtBenchTask):
         Bench(task, root, work)  # what is missing is said before hours of answers
-    loaded = load_model(model, dtype=getattr(torch, task.dtype), device=device(ParallelConfig()))
     tokenizer = load_tokenizer(model)
-    check_tokenizer(loaded, tokenizer, where=model)
     kept = None if work is None else work / "scores"
-    engine = OwnEngine(loaded, tokenizer, kept=kept, others=world if shared else None)
+    if isinstance(task, H4Task) and task.engine != OWN_ENGINE:
+        engine = _other_engine(task, model, name, tokenizer)
+    else:
+        loaded = load_model(model, dtype=getattr(torch, task.dtype), device=device(ParallelConfig()))
+        check_tokenizer(loaded, tokenizer, where=model)
+        engine = OwnEngine(loaded, tokenizer, kept=kept, others=world if shared else None)
     subject = Subject(name, engine, tokenizer, template, root, reference, mixtures or {}, model, work)
     with torch.inference_mode():
         results = TASKS[type(task)](task, subject)
     if kept is not None and environment.rank() == 0:
         shutil.rmtree(kept, ignore_errors=True)  # all of it is in the results
     return results
+
+
+def _other_engine(task: H4Task, model: Path, name: str, tokenizer: Tokenizer) -> Engine:
+    config = load_config(model)
+    if environment.size() > 1:
+        raise LlameroError("several processes share our own engine only", fix="start one process")
+    if task.engine == "vllm":
+        return VllmEngine(model, config, tokenizer, dtype=task.dtype)
+    client = Client(Endpoint(task.engine, name))
+    return CompletionsEngine(client, tokenizer, context=context_length(config))
 
 
 LONGEST = 24 * 3600

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.evaluate import per_sample
 from llamero.infer.chat import ends_of
-from llamero.infer.engine import OwnEngine
+from llamero.infer.engine import Engine, OwnEngine
+from llamero.model.config import LlamaConfig
 from llamero.model.llama import Llama
+from llamero.model.load import load_config
 from llamero.text.tokenizer import Tokenizer
 
 
@@ -18,7 +21,7 @@ class Subject:
     """The model that is measured."""
 
     name: str
-    engine: OwnEngine
+    engine: Engine
     tokenizer: Tokenizer
     template: str
     root: Path
@@ -40,7 +43,14 @@ class Subject:
     @property
     def model(self) -> Llama:
         """Return the model itself, for what no other engine can be asked."""
+        if not isinstance(self.engine, OwnEngine):
+            raise LlameroError(f"`{self.name}` is run by another engine, which cannot be asked this")
         return self.engine.model
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Return the shape of the model, whoever runs it."""
+        return self.engine.model.config if isinstance(self.engine, OwnEngine) else load_config(self.directory)
 
     @property
     def samples(self) -> Path | None:

@@ -6,6 +6,7 @@ asked for by `logprob_token_ids`, and the prefix cache gives what requests begin
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class VllmEngine:
                 fix="use our own engine, which fixes the frequencies per sequence",
             )
         try:
-            import vllm  # pyright: ignore[reportMissingImports]
+            vllm: Any = import_module("vllm")
         except ImportError as error:
             raise LlameroError("vLLM is not installed", fix="pip install vllm, or use our own engine") from error
         self._vllm, self._config, self._tokenizer, self._dtype = vllm, config, tokenizer, dtype

@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def completed(model, body):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     logs = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
     said = ids if body.get("echo") else ids[len(body["prompt"]) :]
-    choice = {"text": "".join(map(name, said)), "finish_reason": "length"}
+    choice: dict[str, Any] = {"text": "".join(map(name, said)), "finish_reason": "length"}
     if body.get("logprobs"):
         choice["logprobs"] = {
             "tokens": [name(id) for id in ids],
@@ -77,15 +78,20 @@ def completed(model, body):
 @pytest.fixture
 def server(model):
     with serving() as served:
-        served.change = lambda answer: answer
-        served.answer = lambda body: (200, {}, json.dumps(served.change(completed(model, body))).encode())
+        change(served, model, lambda answer: answer)
         yield served
+
+
+def change(served, model, how):
+    """Let the server answer something else."""
+    served.answer = lambda body: (200, {}, json.dumps(how(completed(model, body))).encode())
 
 
 @pytest.fixture
 def engine(server) -> Engine:
     client = Client(Endpoint(server.url, "tiny", tries=2, pause=lambda seconds: None))
-    return CompletionsEngine(client, Names(**vars(TOKENIZER)), context=CONTEXT, threads=4)
+    tokenizer: Any = Names(**vars(TOKENIZER))
+    return CompletionsEngine(client, tokenizer, context=CONTEXT, threads=4)
 
 
 def requests():
@@ -110,29 +116,29 @@ def test_answers_are_those_of_the_server(engine):
     assert answer.text == "".join(map(name, answer.ids))
 
 
-def test_a_server_that_does_not_echo_is_refused(engine, server):
-    server.change = lambda answer: {"choices": [{"text": "yes", "logprobs": None}]}
+def test_a_server_that_does_not_echo_is_refused(engine, server, model):
+    change(server, model, lambda answer: {"choices": [{"text": "yes", "logprobs": None}]})
     with pytest.raises(LlameroError, match="does not echo"):
         engine.score(requests()[:1])
 
 
-def test_another_models_tokens_are_refused(engine, server):
+def test_another_models_tokens_are_refused(engine, server, model):
     def other(answer):
         tokens = answer["choices"][0]["logprobs"]["tokens"]
         answer["choices"][0]["logprobs"]["tokens"] = [token + "x" for token in tokens]
         return answer
 
-    server.change = other
+    change(server, model, other)
     with pytest.raises(LlameroError, match="tokenizer"):
         engine.score(requests()[:1])
 
 
-def test_nan_and_refusals_name_the_request(engine, server):
+def test_nan_and_refusals_name_the_request(engine, server, model):
     def broken(answer):
         answer["choices"][0]["logprobs"]["token_logprobs"][-2] = math.nan
         return answer
 
-    server.change = broken
+    change(server, model, broken)
     with pytest.raises(LlameroError, match="NaN") as error:
         engine.score(requests()[:1])
     assert error.value.where == "request 0"
@@ -147,3 +153,13 @@ def test_nan_and_refusals_name_the_request(engine, server):
 def test_what_is_served_is_said(engine, server):
     assert engine.describe()["served"] == f"tiny at {server.url}"
     assert engine.context == CONTEXT
+
+
+def test_another_engine_is_a_key_of_h4_and_changes_what_decides():
+    from llamero.evaluate.config import H4Task
+
+    own = H4Task(tasks="h4", data="x")
+    assert "engine" not in own.decides()
+    assert H4Task(tasks="h4", data="x", engine="http://localhost:8000/v1").decides()["engine"]
+    with pytest.raises(ValueError, match="engine"):
+        H4Task(tasks="h4", data="x", engine="sglang")

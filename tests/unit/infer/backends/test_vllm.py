@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,10 @@ def model():
     return made
 
 
+TOKENIZER: Any = None
+"""Nothing is asked of it."""
+
+
 class StandIn:
     """`vllm.LLM` as far as it is used."""
 
@@ -50,10 +55,10 @@ class StandIn:
 
     def one(self, prompt, how):
         ids = list(prompt)
-        first = None
+        first = torch.empty(0)
         for _ in range(how["max_tokens"]):
             logs = self.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
-            first = logs if first is None else first
+            first = first if len(first) else logs
             ids.append(int(logs.argmax()))
         said = SimpleNamespace(token_ids=ids[len(prompt) :], text="…", finish_reason="length", logprobs=None)
         asked = [*(how.get("logprob_token_ids") or ()), said.token_ids[0]]
@@ -83,7 +88,7 @@ def vllm(model, monkeypatch):
 
 
 def test_letters_are_one_request_and_texts_are_whole(vllm, model, tmp_path):
-    engine = VllmEngine(tmp_path, model.config, SimpleNamespace(), dtype="float32")
+    engine = VllmEngine(tmp_path, model.config, TOKENIZER, dtype="float32")
     assert vllm.made[0]["enable_prefix_caching"]
     stem = [3, 9, 27]
     asked = [(stem, [letter]) for letter in (4, 5, 6, 7)] + [(stem, [4, 9, 1]), ([1, 1], [2]), (stem, [4])]
@@ -99,17 +104,17 @@ def test_letters_are_one_request_and_texts_are_whole(vllm, model, tmp_path):
 
 
 def test_answers(vllm, model, tmp_path):
-    engine = VllmEngine(tmp_path, model.config, SimpleNamespace())
+    engine = VllmEngine(tmp_path, model.config, TOKENIZER)
     (answer,) = engine.generate([[3, 9]], Sampling(temperature=0, max_new_tokens=3))
     assert (len(answer.ids), answer.finish) == (3, "length")
 
 
 def test_what_vllm_gets_wrong_is_refused(vllm, tmp_path):
     with pytest.raises(LlameroError, match="dynamic RoPE"):
-        VllmEngine(tmp_path, config(Dynamic(10000.0, 8, 2.0, 64)), SimpleNamespace())
+        VllmEngine(tmp_path, config(Dynamic(10000.0, 8, 2.0, 64)), TOKENIZER)
 
 
 def test_without_vllm_there_is_a_way_out(model, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(LlameroError, match="not installed"):
-        VllmEngine(tmp_path, model.config, SimpleNamespace())
+        VllmEngine(tmp_path, model.config, TOKENIZER)
