@@ -22,7 +22,7 @@ from llamero.core.files import ContentDigests
 from llamero.corpus import known
 from llamero.data.config import MixtureConfig, VocabularyConfig
 from llamero.engine.stage import StageConfig
-from llamero.evaluate.config import EvaluateConfig
+from llamero.evaluate.config import EvaluateConfig, MtBenchTask
 from llamero.quantize.config import AFTERWARDS, CalibrationSource, QuantizeConfig
 from llamero.quantize.gate import Measure, Measured, Verdict, judge
 from llamero.recipe.fit import refuse_what_does_not_fit, without_misfits
@@ -608,6 +608,7 @@ def run(
     with artifact.alone_in(out):
         plan = Plan(recipe, root, out, datasets)
         _refuse_other_processes(plan)
+        _refuse_absent_judges(plan)
         rows: list[Row] = []
         for stage in plan.stages:
             for row in _make(stage, out):
@@ -630,6 +631,15 @@ def _refuse_other_processes(plan: Plan) -> None:
     trains = any(stage.together and not stage.by_any_number and _missing(stage, plan.out) for stage in plan.stages)
     if trains or world.size() > 1:
         world.refuse_other_size(plan.recipe.parallel.gpus)
+
+
+def _refuse_absent_judges(plan: Plan) -> None:
+    """Refuse to train for days towards a judge that will not be paid."""
+    identities = [identity for stage in plan.stages for identity in stage.identities.values()]
+    missing = [each.stage for each in identities if artifact.find(plan.out, each) is None]
+    for task in plan.recipe.evaluate:
+        if isinstance(task, MtBenchTask) and any(name.startswith(f"evaluate-{task.label}-") for name in missing):
+            task.endpoint()
 
 
 def _help(plan: Plan, out: Path) -> Outcome:

@@ -170,3 +170,18 @@ def test_data_is_made_by_one_process_or_by_the_first_of_any_number(digests, monk
         assert [row.stage for row in made.rows] == ["tokenizer", "data-world"]
     with pytest.raises(LlameroError, match="2 processes were started, and the recipe says `gpus: 4`"):
         pipeline.run(recipe, root=tmp_path, out=tmp_path / "run")
+
+
+def test_a_judge_without_a_key_is_said_before_anything_is_made(digests, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    recipe = load(tmp_path / "recipe.yaml", ["evaluate=[{tasks: mt_bench}]"])
+    with pytest.raises(LlameroError, match="OPENAI_API_KEY is empty"):
+        pipeline.run(recipe, root=tmp_path, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("data-*"))
+    assert "evaluate-mt_bench-sft" in digests("evaluate=[{tasks: mt_bench}]")
+
+
+def test_how_a_judge_is_reached_does_not_name_a_stage(digests):
+    judge = "evaluate=[{tasks: mt_bench, judge: 'http://h/v1', judge_model: j"
+    assert changed(digests(judge + "}]"), digests(judge + ", judge_threads: 2, judge_key_variable: KEY}]")) == set()
+    assert "evaluate-mt_bench-sft" in changed(digests(judge + "}]"), digests(judge + ", votes: 2}]"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from llamero.core.config import Strict, parse
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.corpus import toy_world
+
+if TYPE_CHECKING:
+    from llamero.infer.backends.openai import Endpoint
 
 HUB = "hub"
 """Stands for the files of the hub where a directory of benchmark files is asked for."""
@@ -233,6 +236,20 @@ class MtBenchTask(_Task):
         beside = {"judge_threads", "judge_key_variable", "unanswered", *({"judge"} & self.files.keys())}
         decided = {key: value for key, value in super().decides().items() if key not in beside}
         return decided | ({"data": HUB} if self.data == HUB else {})
+
+    def endpoint(self) -> Endpoint | None:
+        """Return where the judge is served, `None` if it runs here; nothing is asked of it.
+
+        Raises:
+            LlameroError: Its key is missing.
+        """
+        from llamero.infer.backends.openai import OPENAI, Endpoint
+
+        if self.judge_is_local:
+            return None
+        served = self.judge.startswith(("http://", "https://"))
+        name = self.judge_model or self.judge  # an address has a model, see below
+        return Endpoint(self.judge if served else OPENAI, name, key_variable=self.judge_key_variable)
 
     @property
     def judge_is_local(self) -> bool:

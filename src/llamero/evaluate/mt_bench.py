@@ -72,7 +72,10 @@ def rating(judgment: str) -> int | float:
 
 def verdict(judgment: str) -> Winner:
     """Return which of two answers a judge prefers."""
-    return next((winner for mark, winner in _VERDICTS.items() if mark in judgment), "error")
+    for mark, winner in _VERDICTS.items():
+        if mark in judgment:
+            return winner
+    return "error"
 
 
 # -- what a judge is asked

@@ -33,7 +33,6 @@ from llamero.evaluate.mt_bench import (
     verdict,
 )
 from llamero.evaluate.mt_bench_answers import Speaker, answer
-from llamero.infer.backends.openai import OPENAI, Endpoint
 from llamero.infer.chat import sampling_of
 
 if TYPE_CHECKING:
@@ -66,16 +65,12 @@ def judge_of(task: MtBenchTask, root: Path) -> Judge:
     Raises:
         LlameroError: Its key or its name is missing, or there is no such model.
     """
-    if task.judge_is_local:
-        there = root / Path(task.judge).expanduser()
-        name = str(there) if there.exists() else task.judge
-        return LocalJudge(name, temperature=task.judge_temperature, template=task.judge_template)
-    served = task.judge.startswith(("http://", "https://"))
-    url, name = (task.judge, task.judge_model) if served else (OPENAI, task.judge_model or task.judge)
-    if name is None:
-        raise LlameroError("which model of the judge's server?", where=url, fix="give `judge_model`")
-    endpoint = Endpoint(url, name, key_variable=task.judge_key_variable)
-    return ServedJudge(endpoint, temperature=task.judge_temperature, threads=task.judge_threads)
+    endpoint = task.endpoint()
+    if endpoint is not None:
+        return ServedJudge(endpoint, temperature=task.judge_temperature, threads=task.judge_threads)
+    there = root / Path(task.judge).expanduser()
+    name = str(there) if there.exists() else task.judge
+    return LocalJudge(name, temperature=task.judge_temperature, template=task.judge_template)
 
 
 class Bench:

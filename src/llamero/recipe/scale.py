@@ -53,6 +53,10 @@ SAMPLES = 400
 VALIDATION = 0.1
 CALIBRATION = 4096
 QUESTIONS = 2
+LEFT_OUT: dict[type, str] = {
+    NeedleTask: "a tiny model's context holds no haystack",
+    MtBenchTask: "a judge is paid for, or as large as the release",
+}
 RANK = 32
 """Of an adapter: the narrowest layer of `SHAPE` is twice as wide."""
 NEW_TOKENS = 16
@@ -367,9 +371,9 @@ class _Tiny:
         """Yield the tasks that can be done here."""
         for number, (task, keys) in enumerate(zip(self.recipe.evaluate, tasks, strict=True)):
             said = self._part(keys, f"evaluate.{number}")
-            if isinstance(task, NeedleTask):
-                said.put("", task.tasks, None, "left out: a tiny model's context holds no haystack")
-            elif not isinstance(task, MtBenchTask) and self._small(task, said):  # judges are paid for, or large
+            if type(task) in LEFT_OUT:
+                said.put("", task.tasks, None, f"left out: {LEFT_OUT[type(task)]}")
+            elif self._small(task, said):
                 yield keys
             else:
                 said.put("", task.tasks, None, "left out: what it measures with is not here")

@@ -79,3 +79,23 @@ def test_broken_files_are_named(tmp_path, file, line, problem):
     (tmp_path / file).write_text(line)
     with pytest.raises(LlameroError, match=problem):
         mt_bench.load(tmp_path)
+
+
+def test_the_hubs_copy_is_fetched(tmp_path, monkeypatch):
+    lay_out(tmp_path / "data")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **how: (asked.append((repo, how)), tmp_path)[1]
+    )
+    assert mt_bench.load(mt_bench.fetch()).questions[0].id == 81
+    assert asked[0][0] == "lmsys/mt-bench"
+    assert asked[0][1]["repo_type"] == "space"
+
+
+def test_a_hub_that_is_not_there_is_an_error(monkeypatch):
+    def down(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", down)
+    with pytest.raises(LlameroError, match="neither the hub nor its cache has MT-Bench's files"):
+        mt_bench.fetch()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -392,6 +394,33 @@ def test_a_win_must_hold_in_both_orders(measure, server, others, tmp_path):
     assert len(server.requests) == 12
 
 
+def test_fastchats_own_reading_of_pairs_gives_the_same_rates(measure, server, others, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    verdicts = {
+        "sat": ["[[A]]", "[[B]]"],
+        "why": ["[[C]]", "[[A]]"],
+        "water": ["[[B]]", "[[B]]"],
+        "again": ["[[B]]", "?"],
+    }
+
+    def answer(body):
+        said = body["messages"][1]["content"]
+        theme = next((theme for theme in ("again", *verdicts) if theme in said), "sat")
+        return chat(verdicts[theme][said.index("|gpt-3.5") == said.index("|")])
+
+    server.answer = answer
+    result = measure(judge_mode="pairwise-baseline", answers=others)
+    frame = pandas.read_json(tmp_path / "out" / "model_judgment" / "judge_pair.jsonl", lines=True)
+    frame = frame[(frame["g1_winner"] != "error") & (frame["g2_winner"] != "error")]
+    tie = (frame["g1_winner"] == "tie") | (frame["g1_winner"] != frame["g2_winner"])
+    win, loss = ~tie & (frame["g1_winner"] == "model_1"), ~tie & (frame["g1_winner"] == "model_2")
+    assert result.metrics["matches"] == len(frame) < 6
+    assert result.metrics["win_rate"] == pytest.approx(win.mean())
+    assert result.metrics["loss_rate"] == pytest.approx(loss.mean())
+    assert result.metrics["win_rate_adjusted"] == pytest.approx((win + 0.5 * tie).mean())
+    assert win.any()
+
+
 def test_a_judge_that_likes_the_first_answer_sees_ties(measure, server, others):
     server.answer = lambda body: chat("[[A]]")
     result = measure(judge_mode="pairwise-baseline", answers=others)
@@ -420,6 +449,45 @@ def test_a_verdict_that_cannot_be_read_is_counted(measure, server, others):
 def test_a_baseline_without_answers_is_an_error(measure, others):
     with pytest.raises(LlameroError, match="no answers of the baseline `gpt-3`"):
         measure(judge_mode="pairwise-baseline", answers=others, baseline="gpt-3")
+
+
+# -- a real kill
+
+WORKER = """
+import sys
+from llamero.cli import app
+
+app(sys.argv[1:], result_action="return_value")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_asks_again_only_what_was_under_way(model, data, server, tmp_path):
+    enough = threading.Event()
+
+    def answer(body):
+        if len(server.requests) >= 4:
+            enough.set()
+        return chat("[[7]]")
+
+    server.answer = answer
+    options = ["evaluate", model, "--tasks", "mt_bench", "--judge", server.url, "--judge-model", "judge"]
+    options += ["--data", data, "--template", "vicuna", "--max-new-tokens", 12, "--out", tmp_path / "out"]
+    command = [sys.executable, "-c", WORKER, *map(str, options)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        assert enough.wait(300)
+        process.kill()
+    kept = lines_that_are_whole(tmp_path / "out" / "model_judgment" / "judge_single.jsonl")
+    before = len(server.requests)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "7.00000" in done.stdout
+    assert len(server.requests) - before == 6 - kept
+    rows = lines(tmp_path / "out" / "model_judgment" / "judge_single.jsonl")
+    assert len({(row["question_id"], row["turn"]) for row in rows}) == len(rows) == 6
+
+
+def lines_that_are_whole(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 # -- what a task may say

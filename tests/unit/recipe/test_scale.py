@@ -90,7 +90,8 @@ def test_the_stages_are_the_same(given):
         assert one.model_dump(exclude=sizes) == other.model_dump(exclude=sizes)
         assert (one.warmup > 0, one.eval_every > 0) == (other.warmup > 0, other.eval_every > 0)
     assert (scaled.quantize and scaled.quantize.variants) == (given.quantize and given.quantize.variants)
-    assert [task.tasks for task in scaled.evaluate] == [task.tasks for task in given.evaluate]
+    judged = "mt_bench"  # its judge is paid for
+    assert [task.tasks for task in scaled.evaluate] == [task.tasks for task in given.evaluate if task.tasks != judged]
     assert (scaled.publish is None) == (given.publish is None)
 
 
