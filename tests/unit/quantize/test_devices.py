@@ -65,6 +65,16 @@ def test_one_that_is_killed_is_named_and_the_same_command_ends_in_the_same_bytes
 
 
 @pytest.mark.slow
+def test_in_bfloat16_too(victims, tmp_path):
+    ways = {"calibration": {"compute": "bfloat16"}, **SMALL}
+    told = victims.run(tmp_path / "one", **ways)
+    said = victims.run(tmp_path / "three", processes=3, **ways)
+    assert [each["state"] for each in said] == ["made"] * 3
+    assert victims.content(tmp_path / "three") == victims.content(tmp_path / "one")
+    assert said[2]["reports"] == told["reports"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 4)])
 def test_others_go_on_with_what_some_have_left(victims, alone, tmp_path, first, then):
     expected, told = alone("exact")

@@ -114,7 +114,7 @@ def make(order: Order, rank: int) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], order["largest_file"]))
     root = Path(order["root"])
     generator = torch.Generator().manual_seed(order["seed"])
-    calibration = Calibration(mixture="chat", compute="float32", **order["calibration"])
+    calibration = Calibration(**{"mixture": "chat", "compute": "float32"} | order["calibration"])
     try:
         with files.disk_errors_named(root):
             reports = run(
