@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamero.core import files, gguf
 from llamero.core.errors import LlameroError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _HUB = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<revision>[\w./-]+))?$")
 
@@ -72,19 +77,32 @@ def split_name(model: str) -> tuple[str, str | None]:
     return (found["repo"], found["revision"]) if found else (model, None)
 
 
+def cache() -> Path:
+    """Return the directory that the hub's own files are kept in."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME)
+
+
+def resolve_dataset(repo: str, pattern: str) -> Path:
+    """Return the directory of a data set of the hub, in which the files that match are; downloaded if need be.
+
+    Args:
+        repo: `owner/name`.
+        pattern: Of the files that are wanted.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo, f"{repo} (data set)", None):
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=[pattern]))
+
+
 def _download(repo: str, revision: str | None, *, weights: bool, file: str | None = None) -> Path:
     """Return where the files of a hub model are, or one file of it, with those that it was split into."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whatever network library the hub's uses)
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     name = f"{repo}:{revision}" if revision else repo
-    try:
+    with _hub_errors(repo, name, revision):
         if file is not None:
             parts = _PART.sub("-*-of-", file)
             return _one(Path(snapshot_download(repo, revision=revision, allow_patterns=[parts])), file, name)
@@ -93,6 +111,22 @@ def _download(repo: str, revision: str | None, *, weights: bool, file: str | Non
         if weights and not any(directory.glob("*.safetensors")):
             older = [*PATTERNS, "pytorch_model*.bin", "*consolidated*.pth"]  # the last are Meta's own
             directory = Path(snapshot_download(repo, revision=revision, allow_patterns=older))
+    return directory
+
+
+@contextmanager
+def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub's library raises into what a user can act on."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whatever network library the hub's uses)
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except GatedRepoError as error:
         raise LlameroError(
             "the owner must grant you access first",
@@ -119,7 +153,6 @@ def _download(repo: str, revision: str | None, *, weights: bool, file: str | Non
             where=name,
             fix="give a directory, or run once with a connection",
         ) from error
-    return directory
 
 
 def _one(directory: Path, file: str, name: str) -> Path:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from llamero.core import files
 from llamero.core.errors import LlameroError, did_you_mean
-from llamero.corpus import benchmarks
+from llamero.corpus import benchmarks, benchmarks_hub
 from llamero.evaluate import h4, questions
+from llamero.evaluate.config import HUB
 from llamero.evaluate.questions import RULES
 
 if TYPE_CHECKING:
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 
     from llamero.evaluate.config import H4Task
     from llamero.evaluate.questions import Task
+
+
+_FOUR = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa")
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "h4": _FOUR,
+    "openllm": (*_FOUR, "winogrande", "gsm8k"),
+    "truthfulqa_mc": ("truthfulqa",),
+    "truthfulqa_mc1": ("truthfulqa",),
+}
+"""Folders of the layout that a task reads, where they are not called as it is."""
 
 
 def of(task: H4Task, root: Path) -> list[Task]:
@@ -28,7 +39,7 @@ def of(task: H4Task, root: Path) -> list[Task]:
     Raises:
         LlameroError: Files are missing or broken, or there is no such subject.
     """
-    directory = root / task.data
+    directory = _fetched(task) if task.data == HUB else root / task.data
     return h4.tasks(
         directory,
         _names(task, directory),
@@ -45,6 +56,18 @@ def write(path: Path, asked: Sequence[Task]) -> int:
     with files.disk_errors_named(path):
         files.write_atomically(path, "".join(questions.lines(asked)))
     return sum(len(task.requests) for task in asked)
+
+
+def _fetched(task: H4Task) -> Path:
+    """Return where the files of the hub are that a task reads."""
+    folders = FOLDERS.get(task.tasks, (task.tasks,))
+    edition = task.truthfulqa or h4.EDITION[task.compat]
+    if "truthfulqa" in folders and edition == "2021":
+        raise LlameroError(
+            "the hub serves the later edition of TruthfulQA, published scores used that of 2021",
+            fix="--truthfulqa later, or a directory with mc_task_2021.json: --data DIR",
+        )
+    return benchmarks_hub.fetched(folders)
 
 
 def _names(task: H4Task, directory: Path) -> list[str]:
