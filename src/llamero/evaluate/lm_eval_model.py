@@ -92,7 +92,8 @@ class LlameroLM(TemplateLM):
         self.own = self.engine.tokenizer
         self._device = device_of(self.engine.model)
         self.ends = ends_of(directory, self.own)
-        self.pretrained, self.softmax, self._name = asked.pretrained, asked.softmax_dtype, asked.tokenizer_name
+        self.pretrained, self._name = asked.pretrained, asked.tokenizer_name
+        self.softmax: Softmax = asked.softmax_dtype
         self._max_length = asked.max_length or self.engine.model.config.max_position_embeddings
         self._bos = self.own.add_bos if asked.add_bos_token is None else asked.add_bos_token
         self._prefix = asked.prefix_token_id
@@ -179,7 +180,7 @@ class LlameroLM(TemplateLM):
         Args:
             chat_template: True for the tokenizer's own, or the name of one of ours (`chatml`, `llama3` …).
         """
-        if chat_template is False or chat_template is None:
+        if chat_template is False:
             self._template = None
         elif isinstance(chat_template, str):
             if chat_template not in TEMPLATES:
@@ -245,7 +246,7 @@ class LlameroLM(TemplateLM):
         pairs: list[tuple[list[int], list[int]]] = []
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+                self.tok_encode(_args(request)[0]), self.prefix_token_id, self.max_length, 1
             )
             for window in map(utils.make_disjoint_window, windows):
                 owners.append(number)
@@ -254,7 +255,7 @@ class LlameroLM(TemplateLM):
         for owner, scored in zip(owners, self._score(pairs), strict=True):
             sums[owner] += scored.log_likelihood
         for request, total in zip(requests, sums, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            self.cache_hook.add_partial("loglikelihood_rolling", _args(request), total)
         return sums
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
@@ -266,19 +267,19 @@ class LlameroLM(TemplateLM):
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items(), key=lambda item: item[0])), []).append(number)
+            groups.setdefault(repr(sorted(_args(request)[1].items(), key=lambda item: item[0])), []).append(number)
         answers = [""] * len(requests)
         with progress.Line("generate", total=len(requests), unit="answers") as line:
             for numbers in groups.values():
                 for number, text in self._answers(numbers, requests):
                     answers[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    self.cache_hook.add_partial("generate_until", _args(requests[number]), text)
                 line.advance(len(numbers))
         return answers
 
     def _answers(self, numbers: Sequence[int], requests: "Sequence[Instance]") -> Iterator[tuple[int, str]]:
         """Yield the answers to requests with the same options."""
-        options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(_args(requests[numbers[0]])[1], self.max_gen_toks))
         end = self.own.eos
         until = handle_stop_sequences(list(options["until"]), eos=end)
         most = int(options["max_gen_toks"])
@@ -287,7 +288,7 @@ class LlameroLM(TemplateLM):
                 f"answers of {most} tokens leave no room for a prompt: the model sees {self.max_length}",
                 fix="give less max_gen_toks",
             )
-        contexts = [self.tok_encode(requests[number].args[0]) for number in numbers]
+        contexts = [self.tok_encode(_args(requests[number])[0]) for number in numbers]
         cut = [context[-(self.max_length - most) :] for context in contexts]
         self._count(sum(len(a) > len(b) for a, b in zip(contexts, cut, strict=True)))
         strings = tuple(term for term in until if term and term != end)
@@ -307,6 +308,11 @@ class LlameroLM(TemplateLM):
         if cut:
             self.truncated += cut
             _log.warning("%d requests were longer than %d tokens and lost their beginning", cut, self.max_length)
+
+
+def _args(request: "Instance") -> tuple[Any, ...]:
+    """Return what lm-eval asks: its own types leave open what that is."""
+    return request.args
 
 
 def _opened(directory: Path, asked: Arguments) -> OwnEngine:

@@ -93,7 +93,7 @@ def _chat(task: LmEvalTask, subject: Subject) -> bool | str:
 
 def _evaluated(task: LmEvalTask, subject: Subject, model: Any) -> dict[str, Any]:
     """Return what lm-eval makes of the tasks."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     include = None if task.include is None else str(subject.root / task.include)
@@ -124,7 +124,7 @@ def _evaluated(task: LmEvalTask, subject: Subject, model: Any) -> dict[str, Any]
         ) from error
     if found is None:
         raise LlameroError("lm-eval gave no results", where=", ".join(task.names))
-    return found
+    return dict(found)
 
 
 def _measurements(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float], str]]:

@@ -11,7 +11,7 @@ import pytest
 from llamero.cli import app
 from llamero.core.errors import LlameroError
 from llamero.evaluate import h4, lm_eval_run
-from llamero.evaluate.config import named
+from llamero.evaluate.config import LmEvalTask, named
 from llamero.evaluate.questions import LM_EVAL
 
 LIMIT = 4
@@ -26,6 +26,7 @@ def test_without_lm_eval_the_way_out_is_said(monkeypatch):
 
 def test_tasks_of_lm_eval_have_a_name_and_options():
     task = named("lm-eval", {"names": ["gsm8k", "ifeval"], "chat": True})
+    assert isinstance(task, LmEvalTask)
     assert task.label == "lm-eval-gsm8k-ifeval"
     with pytest.raises(LlameroError, match="TASK"):
         named("lm-eval", {})
@@ -50,11 +51,13 @@ def ours(lm_eval, ref):
     return lm_eval.LlameroLM(pretrained=str(ref), dtype="float32", device="cpu")
 
 
+def hugging_face():
+    return importlib.import_module("lm_eval.models.huggingface").HFLM
+
+
 @pytest.fixture(scope="module")
 def theirs(lm_eval, ref):
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=str(ref), dtype="float32", device="cpu")
+    return hugging_face()(pretrained=str(ref), dtype="float32", device="cpu")
 
 
 def asked(kind, *arguments):
@@ -84,13 +87,11 @@ def test_odd_requests_are_those_of_hf(ours, theirs):
 
 @pytest.mark.slow
 def test_bos_is_added_as_hf_adds_it(lm_eval, ref):
-    from lm_eval.models.huggingface import HFLM
-
     for given in (True, False):
         mine = lm_eval.LlameroLM(pretrained=str(ref), dtype="float32", device="cpu", add_bos_token=given)
         assert (mine.tok_encode("Once")[0] == mine.own.bos_id) is given
         assert mine.tok_encode("<s>Once") == [mine.own.bos_id, *mine.tok_encode("Once", add_special_tokens=False)]
-    assert HFLM(pretrained=str(ref), device="cpu").tok_encode("Once") == lm_eval.LlameroLM(
+    assert hugging_face()(pretrained=str(ref), device="cpu").tok_encode("Once") == lm_eval.LlameroLM(
         pretrained=str(ref), device="cpu"
     ).tok_encode("Once")
 

@@ -11,8 +11,8 @@ import pytest
 from llamero.cli import app, main
 from llamero.core.errors import LlameroError
 from llamero.evaluate import h4, openllm, questions, requests, tally
-from llamero.evaluate.config import named, several
-from llamero.evaluate.questions import LEADERBOARD_2023, LM_EVAL, Document, Request, Task
+from llamero.evaluate.config import H4Task, LmEvalTask, named, several
+from llamero.evaluate.questions import LEADERBOARD_2023, LM_EVAL, Document, Metric, Request, Task
 
 RECORDED = {
     "arc_challenge": (4687, "b4b12304aa3aa269d2ba8032901ebeff915d952bab4103de170962410d34cd0c"),
@@ -84,7 +84,7 @@ def test_gsm8k_ignores_commas_and_dollars():
     assert openllm.gsm8k_right("x\n#### 1,007", "so #### 1007")["exact_match"] == 1
 
 
-def task_of(name, *documents, rules=LM_EVAL, metric="acc"):
+def task_of(name, *documents, rules=LM_EVAL, metric: Metric = "acc"):
     asked = [Request(name, i, j, "q", c) for i, d in enumerate(documents) for j, c in enumerate(d.choices)]
     return Task(name, 0, metric, "", 0, len(documents), "", documents, tuple(asked), rules)
 
@@ -147,23 +147,33 @@ def test_a_limit_that_is_a_share_is_refused(limit, capsys):
     assert "no share" in said.out + said.err
 
 
+def h4_task(name, **given):
+    task = named(name, given)
+    assert isinstance(task, H4Task)
+    return task
+
+
 def test_what_only_lm_eval_asks_is_asked_by_it():
-    assert named("openllm", {"data": "x"}).compat == "lm-eval"
+    assert h4_task("openllm", data="x").compat == "lm-eval"
     with pytest.raises(LlameroError, match="`winogrande` is asked by `compat: lm-eval`"):
         named("winogrande", {"data": "x", "compat": "leaderboard-2023"})
 
 
 def test_subjects_are_named_as_either_harness_does(real):
     (task,) = several("hendrycksTest-anatomy, mmlu_virology", {"data": str(real), "compat": "lm-eval"})
+    assert isinstance(task, H4Task)
     assert [one.name for one in requests.of(task, real)] == ["mmlu_anatomy", "mmlu_virology"]
     with pytest.raises(LlameroError, match="did you mean `anatomy`"):
-        requests.of(named("hendrycksTest-anatmy", {"data": str(real)}), real)
+        requests.of(h4_task("hendrycksTest-anatmy", data=str(real)), real)
 
 
 def test_several_tasks_take_the_options_they_have():
     first, second = several("arc_challenge,hendrycksTest-anatomy", {"data": "x", "limit": 3})
+    assert isinstance(first, H4Task)
+    assert isinstance(second, H4Task)
     assert (first.tasks, first.limit, second.tasks, second.subjects) == ("arc_challenge", 3, "mmlu", ["anatomy"])
     first, second = several("mmlu,lm-eval:gsm8k,ifeval", {"data": "x", "shots": 2})
+    assert isinstance(second, LmEvalTask)
     assert (first.tasks, second.tasks, second.names, second.shots) == ("mmlu", "lm-eval", ["gsm8k", "ifeval"], 2)
     with pytest.raises(LlameroError, match="`window` is not an option of any"):
         several("mmlu,hellaswag", {"data": "x", "window": 3})

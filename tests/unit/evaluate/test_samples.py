@@ -9,7 +9,7 @@ import torch
 from llamero.cli import app, main
 from llamero.core.errors import LlameroError
 from llamero.evaluate import ask, diff, tokens
-from llamero.evaluate.config import named
+from llamero.evaluate.config import H4Task, named
 from llamero.evaluate.per_sample import FILE
 from llamero.evaluate.subject import Subject
 from llamero.infer.engine import OwnEngine
@@ -66,6 +66,7 @@ def subject(model, tokenizer, small, tmp_path):
 
 def measured(subject, **keys):
     task = named("h4", {"data": ".", **keys})
+    assert isinstance(task, H4Task)
     with torch.inference_mode():
         return ask.run(task, subject)
 
