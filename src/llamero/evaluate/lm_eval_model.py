@@ -180,7 +180,7 @@ class LlameroLM(TemplateLM):
         Args:
             chat_template: True for the tokenizer's own, or the name of one of ours (`chatml`, `llama3` …).
         """
-        if chat_template is False:
+        if not chat_template:
             self._template = None
         elif isinstance(chat_template, str):
             if chat_template not in TEMPLATES:
@@ -226,7 +226,7 @@ class LlameroLM(TemplateLM):
     # -- the three questions
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
         scored = self._score([(context, continuation) for _, context, continuation in requests])
         answers = [(each.log_likelihood, each.greedy) for each in scored]
