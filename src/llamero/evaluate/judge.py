@@ -54,7 +54,16 @@ class Question(NamedTuple):
         return self.row["user_prompt"]
 
 
-Keep = Callable[[int, str], None]
+class Judgment(NamedTuple):
+    """What a judge said."""
+
+    text: str
+    """`UNANSWERED` where there is none."""
+    version: str = ""
+    """Which model it was, where its server says more than its name."""
+
+
+Keep = Callable[[int, Judgment], None]
 
 
 class Judge(Protocol):
@@ -67,8 +76,8 @@ class Judge(Protocol):
         """Return which judge this is, for reports."""
         ...
 
-    def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[str]:
-        """Yield judgments in the order in which they are given, `UNANSWERED` where there is none.
+    def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[Judgment]:
+        """Yield judgments in the order in which they are given.
 
         Args:
             questions: What to judge.
@@ -96,14 +105,14 @@ class ServedJudge:
         """Return which judge this is."""
         return self._client.endpoint.describe()
 
-    def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[str]:
+    def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[Judgment]:
         """Yield judgments as they come.
 
         Raises:
             LlameroError: The server refuses whatever it is asked, or answers nothing any more.
         """
 
-        def ask(numbered: tuple[int, Question]) -> str:
+        def ask(numbered: tuple[int, Question]) -> Judgment:
             judgment = self._ask(numbered[1])
             keep(numbered[0], judgment)
             return judgment
@@ -111,15 +120,15 @@ class ServedJudge:
         for _, judgment in at_once(ask, list(enumerate(questions)), threads=self._threads):
             yield judgment
 
-    def _ask(self, question: Question) -> str:
+    def _ask(self, question: Question) -> Judgment:
         said = [{"role": "system", "content": question.system}, {"role": "user", "content": question.text}]
         try:
-            answer = self._client.chat(said, temperature=self._temperature, max_tokens=JUDGE_TOKENS).text
+            answer = self._client.chat(said, temperature=self._temperature, max_tokens=JUDGE_TOKENS)
         except Unanswered as error:
             with self._lock:
                 self._unanswered += 1
                 if self._unanswered < PATIENCE:
-                    return UNANSWERED
+                    return Judgment(UNANSWERED)
             raise LlameroError(
                 f"the judge left {PATIENCE} questions in a row unanswered; {error.problem}",
                 where=error.where,
@@ -127,7 +136,7 @@ class ServedJudge:
             ) from error
         with self._lock:
             self._unanswered = 0
-        return answer
+        return Judgment(answer.text, "" if answer.model == self.name else answer.model)
 
 
 class LocalJudge:
@@ -149,7 +158,7 @@ class LocalJudge:
         return f"{self.name}, run here"
 
     @torch.inference_mode()
-    def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[str]:
+    def answers(self, questions: Sequence[Question], keep: Keep) -> Iterator[Judgment]:
         """Yield judgments as they come; a question that does not fit into its context is not answered."""
         tokenizer = load_tokenizer(self._path)
         model = load_model(self._path, device=device(ParallelConfig()))
@@ -162,7 +171,7 @@ class LocalJudge:
             for q, how in zip(questions, sampling, strict=True)
         ]
         for number, reply in replies(model, tokenizer, asked, template=self._template):
-            judgment = UNANSWERED if reply.finish == "too long" else reply.text
+            judgment = Judgment(UNANSWERED if reply.finish == "too long" else reply.text)
             keep(number, judgment)
             yield judgment
 
@@ -204,21 +213,23 @@ class Court:
             self.journal.rewrite(kept)
         missing = [number for number in range(len(questions)) if number not in found]
 
-        def keep(index: int, judgment: str) -> None:
+        def keep(index: int, judgment: Judgment) -> None:
             asked = questions[missing[index]]
-            record = {**asked.row, "judgment": judgment, **asked.grade(judgment), "tstamp": time.time()}
+            record = {**asked.row, "judgment": judgment.text, **asked.grade(judgment.text), "tstamp": time.time()}
+            if judgment.version:
+                record["judge_version"] = judgment.version
             self.journal.append(record)
             found[missing[index]] = record
 
         with progress.Line(f"judged by {self.judge.name}", total=len(missing), unit="judgments") as line:
             failed = 0
             for judgment in self.judge.answers([questions[number] for number in missing], keep) if missing else ():
-                failed += judgment == UNANSWERED
+                failed += judgment.text == UNANSWERED
                 line.advance(note=f"{failed} without answer" if failed else "")
         return [found[number] for number in range(len(questions))]
 
 
-_GIVEN = ("judgment", "score", "winner", "tstamp")
+_GIVEN = ("judgment", "score", "winner", "tstamp", "judge_version")
 """What a judgment adds to a line."""
 
 

@@ -90,6 +90,7 @@ class Bench:
             raise LlameroError("`mt_bench` runs in one process", fix="start it without torchrun")
         self._task, self._out = task, out or Path("mt_bench")
         self._judge = judge_of(task, root)
+        self._versions: list[str] = []
         self._files = corpus.load(corpus.fetch() if task.data == HUB else root / task.data)
         self._questions = self._files.questions[: task.limit]
         _refuse_other_turns(self._questions)
@@ -124,14 +125,18 @@ class Bench:
             "top_k": sampling.top_k,
             "repetition_penalty": sampling.repetition_penalty,
             "seed": sampling.seed,
+            "dtype": task.dtype,
         }
         find = self._single if task.judge_mode == "single" else self._pairwise
         with alone_in(self._out):
             said = answer(speaker, self._questions, self._out, sampling=sampling, settings=settings)
             found = find(speaker.name, said.answers)
-        shown = {key: settings[key] for key in ("template", "questions", "max_new_tokens", "top_p", "top_k", "seed")}
-        inputs = {"judge": self._judge.describe(), "reference": self._reference_of, "limit": task.limit, **shown}
-        return Measured(found.metrics, found.protocol, [*said.notes, *found.notes], {**inputs, **found.inputs})
+        made = {key: value for key, value in settings.items() if key not in ("model", "tokenizer", "dtype")}
+        inputs = {"judge": {"name": self._judge.name, "what": self._judge.describe(), "versions": self._versions}}
+        inputs |= {"answers": made, "reference": self._reference_of, "limit": task.limit}
+        versions = f" ({', '.join(self._versions)})" if self._versions else ""
+        protocol = f"{found.protocol}; judge {self._judge.name}{versions}"
+        return Measured(found.metrics, protocol, [*said.notes, *found.notes], {**inputs, **found.inputs})
 
     # -- ratings
 
@@ -144,7 +149,7 @@ class Bench:
         task = self._task
         how = f"{len(self._questions)} questions, {TURNS} turns, one rating of {LOWEST} to {HIGHEST} each"
         votes = f", mean of {task.votes} votes at temperature {task.judge_temperature:g}" if task.votes > 1 else ""
-        protocol = f"MT-Bench (FastChat), {how}{votes}; judge {self._judge.name}"
+        protocol = f"MT-Bench (FastChat), {how}{votes}"
         inputs = {"votes": task.votes, "judge_temperature": task.judge_temperature}
         return Measured(_metrics(found), protocol, self._rating_notes(rows, found), inputs)
 
@@ -168,6 +173,7 @@ class Bench:
         """Return the lines of all judgments; one without an answer ends the run, unless they are counted."""
         place = self._out / "model_judgment" / f"{file_name(self._judge.name)}_{kind}.jsonl"
         rows = Court(self._judge, Journal(place)).judge_all(questions)
+        self._versions = sorted({row["judge_version"] for row in rows if "judge_version" in row})
         missing = sum(row["judgment"] == UNANSWERED for row in rows)
         if missing and self._task.unanswered == "refuse":
             raise LlameroError(
@@ -246,7 +252,7 @@ class Bench:
         ]  # fmt: skip
         protocol = (
             f"MT-Bench pairs (FastChat) against {against}, {len(self._questions)} questions, {TURNS} turns, "
-            f"both orders must agree; judge {self._judge.name}"
+            "both orders must agree"
         )
         everyone = {name: {"wins": r.wins, "losses": r.losses, "ties": r.ties} for name, r in found.items()}
         return Measured(metrics, protocol, notes, {"records": everyone})

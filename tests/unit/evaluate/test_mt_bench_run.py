@@ -139,7 +139,8 @@ def test_answers_judgments_and_scores(measure, server, tmp_path, drawn):
     assert result.metrics["mean_of_turns"] == (27.5 / 3 + 11 / 3) / 2
     assert (result.metrics["score/writing"], result.metrics["score/reasoning"]) == (6, 5.25)
     assert "judge judge" in result.protocol
-    assert result.inputs["judge"] == f"judge at {server.url}"
+    assert result.inputs["judge"] == {"name": "judge", "what": f"judge at {server.url}", "versions": []}
+    assert server.url not in result.protocol  # cards print it
     assert {body["temperature"] for body in server.requests} == {0}
     assert {body["max_tokens"] for body in server.requests} == {2048}
     assert {body["messages"][0]["content"] for body in server.requests} == {"Judge."}
@@ -180,6 +181,20 @@ def test_fastchats_own_reading_of_the_file_gives_the_same_scores(measure, server
     assert by_turn["small", 1] == pytest.approx(result.metrics["turn_1"])
     assert by_turn["small", 2] == pytest.approx(result.metrics["turn_2"])
     assert result.notes[-1] == "MT-Bench: 1 of 6 judgments held no rating (-1) and are left out of the means"
+
+
+def test_which_model_the_judge_was_is_kept(measure, server, tmp_path):
+    def answer(body):
+        _, headers, said = chat("[[5]]")
+        return 200, headers, json.dumps({**json.loads(said), "model": "judge-0613"}).encode()
+
+    server.answer = answer
+    result = measure()
+    assert result.protocol.endswith("; judge judge (judge-0613)")
+    path = tmp_path / "out" / "model_judgment" / "judge_single.jsonl"
+    assert {row["judge_version"] for row in lines(path)} == {"judge-0613"}
+    assert measure() == result
+    assert len(server.requests) == 6
 
 
 def test_a_second_run_asks_nothing(measure, server, monkeypatch):

@@ -57,6 +57,8 @@ class Said(NamedTuple):
     text: str
     finish: str
     """`stop`, or `length` where the answer was cut off; whatever else the server says."""
+    model: str = ""
+    """Which model the server says that it was: a name such as `gpt-4` stands for one that changes."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,7 @@ def _said(answer: Any) -> Said:
     text = choice["message"]["content"]
     if text is not None and not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}")
-    return Said(text or "", str(choice.get("finish_reason")))
+    return Said(text or "", str(choice.get("finish_reason")), str(answer.get("model") or ""))
 
 
 def at_once(work: Callable[[T], R], items: Sequence[T], *, threads: int) -> Generator[tuple[int, R], None, None]:
