@@ -78,7 +78,8 @@ def read_prompts(path: Path) -> list[str]:
         try:
             prompt = json.loads(line)
         except ValueError as error:
-            raise LlameroError(f"not JSON: {error}", where=f"{path}:{number}") from error
+            fix = "give a JSON string on each line; a published report is sampled again with --replay"
+            raise LlameroError(f"not JSON: {error}", where=f"{path}:{number}", fix=fix) from error
         if not isinstance(prompt, str):
             raise LlameroError("not a JSON string", where=f"{path}:{number}", fix='write each prompt as "…"')
         found.append(prompt)

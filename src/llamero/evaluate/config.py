@@ -301,7 +301,7 @@ class SamplingTask(_Task):
     """File of configurations (`noprefix2.json` …), relative to the recipe."""
     replay: str | None = None
     """A published report: its prompts, configurations and arguments are taken, and `config` only for what stands around
-    a prompt."""
+    a prompt (by default the report's own file, where it lies as in oasst-model-eval)."""
     mode: Literal["auto", "legacy", "v2", "v2_5", "v3", "chatml", "template"] = "auto"
     """How prompts are written: as OpenAssistant's program of that mode did, or with the chat `template`; `auto` is
     `template` where there is one, else `legacy`. A replay has its report's."""

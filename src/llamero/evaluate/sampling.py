@@ -210,6 +210,8 @@ class Plan:
     stem: str
     """What the name of its file ends with."""
     ends_in_newline: bool = False
+    notes: tuple[str, ...] = ()
+    """What its reader must know."""
 
 
 def seed_of(seed: int, prompt: str, configuration: str, sample: int) -> int:
@@ -236,6 +238,7 @@ def make(plan: Plan, model: Llama, writer: Writer, *, name: str, work: Path) -> 
         work: Directory that keeps finished outputs until the report is there.
     """
     ways, notes = _ways(plan, writer)
+    notes = [*plan.notes, *notes]
     todo = {place: request for place, request in _requests(plan, writer, ways)}
     limit = context_length(model.config)
     long = sorted({place.prompt for place, (request, _) in todo.items() if len(request.prompt) >= limit})
@@ -411,7 +414,8 @@ def replayed(report: Path, *, config: Path | None, limit: int | None) -> Plan:
 
     Args:
         report: The published one.
-        config: File of its configurations, for the text and the names around a prompt, which a report does not hold.
+        config: File of its configurations, for the text and the names around a prompt, which a report does not hold;
+            by default that of the report, where it lies as in oasst-model-eval.
         limit: Prompts to take, from the first; all by default.
 
     Raises:
@@ -428,13 +432,7 @@ def replayed(report: Path, *, config: Path | None, limit: int | None) -> Plan:
     ):
         if not value:
             raise LlameroError(f"`{key}` {args[key]!r} cannot be replayed, only {only}", where=report)
-    around = {each.name: each for each in sampling_reports.read_configurations(config)} if config else {}
-    ways = sampling_reports.configurations(published, report)
-    absent = [each.name for each in ways if around and each.name not in around]
-    if absent:
-        raise LlameroError(f"there is no configuration `{absent[0]}`, which the report has", where=config)
-    if around:
-        ways = [replace(around[each.name], generate_args=each.generate_args) for each in ways]
+    ways, notes = _around(sampling_reports.configurations(published, report), config or _beside(report, args))
     counts = Counter(len(each.outputs) for asked in published.prompts for each in asked.results)
     return Plan(
         prompts=tuple(asked.prompt for asked in published.prompts[:limit]),
@@ -445,7 +443,31 @@ def replayed(report: Path, *, config: Path | None, limit: int | None) -> Plan:
         skip_special_tokens=bool(args.get("skip_special_tokens", False)),
         stem=Path(str(args.get("config", "replay"))).stem,
         ends_in_newline=published.ends_in_newline,
+        notes=notes,
     )
+
+
+def _beside(report: Path, args: Mapping[str, Any]) -> Path | None:
+    """Return the configuration file of a report where oasst-model-eval keeps it, if it is there."""
+    places = [parent / "model_eval" / "manual" / str(args.get("config")) for parent in report.resolve().parents]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _around(ways: Sequence[Configuration], config: Path | None) -> tuple[list[Configuration], tuple[str, ...]]:
+    """Return configurations with what stands around a prompt, which a report does not hold, and the notes on that."""
+    if config is None:
+        return list(ways), ("no configuration file was given (--config): nothing stands before a prompt",)
+    read = {each.name: each for each in sampling_reports.read_configurations(config)}
+    absent = [each.name for each in ways if each.name not in read]
+    same = {(each.pre_text, each.human_name, each.bot_name, each.add_prefix_tokens) for each in read.values()}
+    if absent and len(same) > 1:
+        raise LlameroError(f"there is no configuration `{absent[0]}`, which the report has", where=config)
+    other = next(iter(read.values()))
+    found = [replace(read.get(each.name, other), name=each.name, generate_args=each.generate_args) for each in ways]
+    notes = [f"what stands around prompts is that of {config.name}"]
+    if absent:
+        notes[0] += f", in which {', '.join(absent)} are missing: theirs is as in the others"
+    return found, tuple(notes)
 
 
 def run(task: SamplingTask, subject: Subject) -> list[Result]:

@@ -81,8 +81,6 @@ def test_a_published_report_is_written_back_byte_for_byte(published, name):
 def test_a_replay_differs_in_outputs_model_and_date_only(published, directory, tmp_path, name, config):
     report = shortened(published(name), tmp_path / "published.json", prompts=3, tokens=6)
     around = {} if config is None else {"config": str(CONFIGS / f"{config}.json")}
-    if name == "llama2":  # it was made with more configurations than the file has today
-        around = {"config": str(CONFIGS / "noprefix.json")}
     result, made = replay(directory, report, tmp_path, **around)
     theirs = sampling_reports.read_report(report)
     assert masked(made.read_text(), "small") == masked(report.read_text(), theirs.model_name)
@@ -91,6 +89,12 @@ def test_a_replay_differs_in_outputs_model_and_date_only(published, directory, t
     assert all(sampling_reports.outputs_of(ours))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_small_sampling_\w+\.json", made.name)
     assert ("penalty_alpha" in str(result.notes)) == (name == "llama2")
+    said = {
+        "llama2": "llama2_prompt.json, in which typical2, typical3, contrastive are missing: theirs is as in the",
+        "v3": "what stands around prompts is that of llama2_prompt.json",
+        "v2_5": "no configuration file was given",
+    }
+    assert said[name] in result.notes[0]
     assert not (tmp_path / sampling.JOURNAL).exists()
 
 
@@ -311,6 +315,20 @@ def test_a_report_that_cannot_be_replayed_says_why(keys, said, tmp_path):
         sampling.replayed(tmp_path / "r", config=None, limit=None)
 
 
+def test_the_configuration_of_a_published_report_is_found_beside_it(published):
+    plan = sampling.replayed(published("v2_5"), config=None, limit=1)
+    assert plan.notes == ("what stands around prompts is that of noprefix2.json",)
+    assert {each.human_name for each in plan.configurations} == {"User"}
+
+
+def test_what_stands_around_a_prompt_is_not_guessed(tmp_path):
+    (tmp_path / "r").write_bytes(sampling_reports.written(report_of()))
+    ways = [{"name": "b", "pre_text": "x"}, {"name": "c", "pre_text": "y"}]
+    (tmp_path / "c").write_text(json.dumps({"configurations": ways}))
+    with pytest.raises(LlameroError, match="no configuration `a`, which the report has"):
+        sampling.replayed(tmp_path / "r", config=tmp_path / "c", limit=None)
+
+
 def test_a_chat_template_writes_what_it_always_writes(directory):
     from llamero.text.tokenizer import load_tokenizer
 
@@ -318,6 +336,7 @@ def test_a_chat_template_writes_what_it_always_writes(directory):
     writer = Writer("template", tokenizer, "chatml")
     ids = writer.ids("Hi <|im_end|>", Configuration("a", {}, "Be."))
     end = tokenizer.id("<|im_end|>")
+    assert end is not None
     assert ids.count(end) == 2  # what the user spells out stays text
     assert end in writer.stop_ids
     assert Writer("chatml", tokenizer, "").ids("Hi <|im_end|>", Configuration("a")).count(end) == 2
