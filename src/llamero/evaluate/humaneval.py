@@ -93,8 +93,9 @@ def run(task: HumanEvalTask, subject: Subject) -> list[Result]:
                 line.advance(len(part))
     right = Counter(row["doc"] for row in rows if row["how"] == "passed")
     found = metrics([right[number] for number in range(len(problems))], task.num_samples)
-    drawn = "greedy" if task.temperature == 0 else f"temperature {task.temperature}, top_p {task.top_p}"
-    protocol = f"0-shot, {task.num_samples} answers, {drawn}, at most {most} tokens; {task.seconds:g} s and "
+    drawn = f"{task.num_samples} answers at temperature {task.temperature}, top_p {task.top_p}"
+    drawn = "greedy" if task.temperature == 0 else drawn
+    protocol = f"0-shot, {drawn}, at most {most} tokens; {task.seconds:g} s and "
     protocol += f"{task.memory_mib} MiB for each program, in a sandbox"
     notes = _notes(rows, task, most)
     return [subject.result(NAME, found, protocol, notes=notes, limit=task.limit, seed=task.seed)]

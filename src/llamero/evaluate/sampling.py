@@ -93,9 +93,12 @@ def way(configuration: Configuration, stop_ids: frozenset[int]) -> Way:
         )
     if "max_new_tokens" not in asked:
         raise LlameroError("there is no `max_new_tokens`", where=where, fix="say how long an answer may become")
-    drawn = {key: asked[key] for key in SAMPLED if key in asked}
+    drawn = {"top_k": TOP_K, **{key: asked[key] for key in SAMPLED if key in asked}}
     sampling = Sampling(
-        **({"top_k": TOP_K, **drawn} if samples else {"temperature": 0}),
+        temperature=drawn.get("temperature", 1.0) if samples else 0,
+        top_k=drawn["top_k"] if samples else 0,
+        top_p=drawn.get("top_p", 1.0) if samples else 1.0,
+        typical_p=drawn.get("typical_p", 1.0) if samples else 1.0,
         repetition_penalty=asked.get("repetition_penalty", 1.0),
         min_new_tokens=asked.get("min_new_tokens", 0),
         max_new_tokens=asked["max_new_tokens"],

@@ -49,7 +49,8 @@ def beam_search(model: Llama, request: Request, *, beams: int) -> list[int]:
     cache = PagedCache(model.config, dtype=weight.dtype, device=weight.device)
     generator = torch.Generator().manual_seed(request.sampling.seed)
     row = cache.add()
-    for start in range(0, len(request.prompt), STEP_TOKENS):
+    logits = _logits(model, cache, [row], [request.prompt[:STEP_TOKENS]], length)
+    for start in range(STEP_TOKENS, len(request.prompt), STEP_TOKENS):
         logits = _logits(model, cache, [row], [request.prompt[start : start + STEP_TOKENS]], length)
     running, ended = [_Beam((), 0.0, row)], list[_Beam]()
     while running:

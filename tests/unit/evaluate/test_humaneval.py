@@ -8,6 +8,7 @@ import statistics
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from llamero.corpus.benchmarks import HumanEvalRow
 from llamero.evaluate import humaneval, sandbox
 from llamero.evaluate.config import HumanEvalTask
 from llamero.evaluate.run import run
+from llamero.infer.engine import OwnEngine
 
 DATA = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).resolve().parents[4] / "shared")) / "data"
 PROBLEM = HumanEvalRow("x", "def one():\n", "    return 1\n", "def check(f):\n    assert f() == 1\n", "one")
@@ -148,7 +150,7 @@ def test_right_answers_are_counted(directory, folder, monkeypatch):
     real = subject.Subject.__init__
 
     def with_answers(self, name, engine, *more):
-        real(self, name, Answers(engine, ["    return 1", "    return 2"]), *more)
+        real(self, name, cast("OwnEngine", Answers(engine, ["    return 1", "    return 2"])), *more)
 
     monkeypatch.setattr(subject.Subject, "__init__", with_answers)
     result = measured(directory, folder, num_samples=10, temperature=0.8)

@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def by_lm_eval(directory, pages, **options):
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)  # LlamaTokenizer 5 leaves unknown letters out
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, **options)
+    theirs: Any = HFLM  # its decorators hide its parameters
+    lm = theirs(pretrained=model, tokenizer=tokenizer, batch_size=1, **options)
     docs = [{"page": page} for page in pages]
     asked = [
         Instance(request_type="loglikelihood_rolling", doc=doc, arguments=(wikitext_detokenizer(doc),), idx=0)
