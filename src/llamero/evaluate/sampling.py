@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from llamero.core import files, progress, world
+from llamero.core import files, progress
 from llamero.core.errors import LlameroError, did_you_mean
 from llamero.core.journal import Journal
 from llamero.corpus import sampling_reports
@@ -475,8 +475,6 @@ def _around(ways: Sequence[Configuration], config: Path | None) -> tuple[list[Co
 
 def run(task: SamplingTask, subject: Subject) -> list[Result]:
     """Make a report of one model, and write it into its directory of work, or where the program runs."""
-    if world.size() > 1:
-        raise LlameroError(f"`sampling` runs in one process, there are {world.size()}", fix="start it without torchrun")
     plan, work = _plan(task, subject), subject.work or Path()
     writer = Writer(plan.args["mode"], subject.tokenizer, subject.template)
     made = make(plan, subject.model, writer, name=subject.name, work=work)
