@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamero.core.errors import LlameroError, did_you_mean
+from llamero.evaluate import code_eval
 from llamero.evaluate.per_sample import Key, SampleFile, text_digest
 
 if TYPE_CHECKING:
@@ -103,18 +104,20 @@ def _evaluated(task: LmEvalTask, subject: Subject, model: Any) -> dict[str, Any]
             known = manager.task_index
             raise LlameroError(f"lm-eval has no task `{name}`", fix=did_you_mean(name, known))
     try:
-        found = simple_evaluate(
-            model=model,
-            tasks=list(task.names),
-            num_fewshot=task.shots,
-            limit=task.limit,
-            task_manager=manager,
-            system_instruction=task.system,
-            apply_chat_template=_chat(task, subject),
-            fewshot_as_multiturn=task.multiturn and task.chat,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        with code_eval.fenced(task.names) as safe:
+            found = simple_evaluate(
+                model=model,
+                tasks=list(task.names),
+                num_fewshot=task.shots,
+                limit=task.limit,
+                task_manager=manager,
+                system_instruction=task.system,
+                apply_chat_template=_chat(task, subject),
+                fewshot_as_multiturn=task.multiturn and task.chat,
+                log_samples=True,
+                bootstrap_iters=0,
+                confirm_run_unsafe_code=safe,
+            )
     except (OSError, ImportError, ValueError) as error:  # data that cannot be had, packages of a task, its own checks
         said = str(error).strip().partition("\n")[0][:_SAID] or type(error).__name__
         raise LlameroError(
