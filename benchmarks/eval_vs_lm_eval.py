@@ -151,8 +151,11 @@ def memory(what: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def run_side(work: Path, side: str, dtype: str) -> dict[str, Any]:
-    """Return what a process with one thread finds."""
+def run_side(work: Path, side: str, dtype: str, *, apart: bool) -> dict[str, Any]:
+    """Return what a process with one thread finds: one of its own, or this one."""
+    if not apart:
+        one_side(work, side, dtype)
+        return json.loads((work / f"{side}.json").read_text())
     command = [sys.executable, __file__, "--side", side, "--work", str(work), "--dtype", dtype]
     subprocess.run(command, check=True, env=single_thread_environment())
     return json.loads((work / f"{side}.json").read_text())
@@ -168,16 +171,16 @@ def other_answers(counts: Sequence[int], a: Sequence[float], b: Sequence[float])
     return differ
 
 
-def compare(work: Path, task: str, dtype: str, counts: list[int], pairs: Pairs) -> tuple[float, float]:
+def compare(work: Path, task: str, dtype: str, counts: list[int], pairs: Pairs, *, apart: bool) -> tuple[float, float]:
     """Print a row, record it, and return both costs."""
-    mine, other = run_side(work, "ours", dtype), run_side(work, "theirs", dtype)
+    mine, other = (run_side(work, side, dtype, apart=apart) for side in SIDES)
     tree = prepare(SHAPE, pairs, pass_tokens=PASS_TOKENS["cpu"]).tokens
-    apart = max(abs(a - b) for a, b in zip(mine["found"], other["found"], strict=True))
+    differences = max(abs(a - b) for a, b in zip(mine["found"], other["found"], strict=True))
     differ = other_answers(counts, mine["found"], other["found"])
     gain = other["cpu_s"] / mine["cpu_s"]
     print(
         f"| {task} | {dtype} | {len(counts)} | {other['tokens']} | {mine['tokens']} | {mine['tokens'] / tree:.3f} "
-        f"| {gain:.1f} | {apart:.1e} | {differ} | {other['mib']:.0f} | {mine['mib']:.0f} |",
+        f"| {gain:.1f} | {differences:.1e} | {differ} | {other['mib']:.0f} | {mine['mib']:.0f} |",
         flush=True,
     )
     append(
@@ -193,7 +196,7 @@ def compare(work: Path, task: str, dtype: str, counts: list[int], pairs: Pairs) 
         cpu_s={"ours": round(mine["cpu_s"], 2), "theirs": round(other["cpu_s"], 2)},
         tokens={"ours": mine["tokens"], "theirs": other["tokens"], "tree": tree},
         peak_mib={"ours": round(mine["mib"]), "theirs": round(other["mib"])},
-        largest_difference=apart,
+        largest_difference=differences,
         other_answers=differ,
     )
     return mine["cpu_s"], other["cpu_s"]
@@ -237,6 +240,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--limit", type=int, help="documents of each task, fewer than it says above")
     parser.add_argument("--subjects", type=int, help="subjects of MMLU, fewer than it says above")
+    parser.add_argument("--together", action="store_true", help="all in one process: less time to start")
     parser.add_argument("--count", action="store_true", help="only count the tokens of all of H4")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -257,7 +261,7 @@ def main() -> None:
             for task in given.tasks:
                 pairs, counts = asked(given.data, given.tokenizer, task, given.limit, given.subjects)
                 (work / "pairs.json").write_text(json.dumps(pairs))
-                costs.append(compare(work, task, dtype, counts, pairs))
+                costs.append(compare(work, task, dtype, counts, pairs, apart=not given.together))
             mine, other = (sum(column) for column in zip(*costs, strict=True))
             print(f"| all | {dtype} | | | | | {other / mine:.1f} | | | | |", flush=True)
 

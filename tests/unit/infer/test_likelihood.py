@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -250,7 +251,7 @@ class Meeting:
 
 
 def shared(model, requests, meeting, rank):
-    others = SimpleNamespace(
+    others: Any = SimpleNamespace(
         rank=rank, size=meeting.size, gather=lambda value: meeting.gather(rank, value), together=nullcontext
     )
     return log_likelihoods(model, requests, pass_tokens=16, others=others)
