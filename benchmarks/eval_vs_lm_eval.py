@@ -118,12 +118,13 @@ def theirs(directory: Path, dtype: torch.dtype, pairs: Pairs) -> tuple[Callable[
     """Return how lm-eval scores, and the list of tokens."""
     import tokenizers
     import transformers
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(SHAPE.vocab_size)}, "t0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2", pad_token="t0")
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
+    made: Any = huggingface.HFLM
+    lm = made(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
     seen = count_passes(lm, "_model_call")
     requests = [(("", ""), context, continuation) for context, continuation in pairs]
     return (lambda: [found for found, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]), seen

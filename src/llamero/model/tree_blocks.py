@@ -24,13 +24,12 @@ class Prices(NamedTuple):
     """Calling attention once."""
     merge: float
     """Merging one query's share of a block."""
+    small: int
+    """Nodes of a tree that is not worth looking into."""
 
 
-CPU = Prices(call=16_000, merge=48)
-CUDA = Prices(call=500_000, merge=200)
-
-SMALL = 48
-"""Nodes of a tree that is not worth looking into."""
+CPU = Prices(call=16_000, merge=48, small=48)
+CUDA = Prices(call=100_000, merge=100, small=128)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _region(found: list[Chain], trunk: tuple[int, int], prices: Prices) -> _Plan
     trees = list(_trees(found, trunk))
     count, keys = found[-1][1] - found[0][0], found[-1][1] - trunk[0]
     at_once = count * keys + prices.call
-    if any(tree.end < 0 for tree in trees) or (count <= SMALL and at_once <= 2 * prices.call):
+    if any(tree.end < 0 for tree in trees) or (count <= prices.small and at_once <= 2 * prices.call):
         return _Plan(at_once, [_masked(found, trunk[0])])
     total = NOTHING
     for same in _alike(trees):
@@ -158,11 +157,11 @@ def _own(same: list[_Tree], prices: Prices) -> _Plan:
     for tree in same:
         count = tree.stop - tree.start
         within = sum(other.stop - other.start for other in small)
-        if count <= SMALL and 2 * count * within <= prices.call:
+        if count <= prices.small and 2 * count * within <= prices.call:
             small.append(tree)
             continue
         total += _bundle(small, prices)
-        small = [tree] if count <= SMALL else []
+        small = [tree] if count <= prices.small else []
         if not small:
             total += _large(tree, prices)
     return _joined(total + _bundle(small, prices))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llamero.core.errors import LlameroError
-from llamero.infer import likelihood, prefix_tree
+from llamero.infer import likelihood, prefix_tree, score
 from llamero.infer.context import rope_length
 from llamero.infer.likelihood import log_likelihoods, prepare
 
@@ -264,3 +264,15 @@ def test_nan_is_named(model, tmp_path):
     with pytest.raises(LlameroError, match="NaN") as error:
         log_likelihoods(broken, requests, pass_tokens=2, kept=tmp_path)
     assert error.value.where == "request 2"
+
+
+def test_logits_exist_where_something_is_asked_and_a_few_rows_at_a_time(model, monkeypatch):
+    requests, rows = forest_of_requests(2), []
+    monkeypatch.setattr(score, "LOGITS", 50 * 7)
+    with monkeypatch.context() as patch:
+        head = model.lm_head.forward
+        patch.setattr(model.lm_head, "forward", lambda hidden: rows.append(len(hidden)) or head(hidden))
+        log_likelihoods(model, requests, pass_tokens=64)
+    tree = prepare(model.config, requests, pass_tokens=64).tree
+    assert max(rows) <= 7
+    assert sum(rows) == len(set(tree.asked_nodes.tolist())) < len(tree)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from llamero.kernels.attention import tree_mask
-from llamero.model import tree_blocks
 from llamero.model.tree_blocks import CPU, CUDA, Prices, blocks
 
 
@@ -39,14 +38,12 @@ def preorder(rng, path, nodes, branch):
     return parents
 
 
-FREE = Prices(0, 0)
+FREE = Prices(0, 0, 0)
 
 
-@pytest.mark.parametrize("small", [0, 3, 48])
-@pytest.mark.parametrize("prices", [CPU, CUDA, FREE, Prices(20, 1)])
+@pytest.mark.parametrize("prices", [CPU, CUDA, FREE, Prices(0, 0, 3), Prices(20, 1, 0), Prices(20, 1, 48)])
 @pytest.mark.parametrize("branch", [0.02, 0.2, 0.6])
-def test_every_walk_is_covered_once(prices, branch, small, monkeypatch):
-    monkeypatch.setattr(tree_blocks, "SMALL", small)
+def test_every_walk_is_covered_once(prices, branch):
     rng = np.random.default_rng(7)
     for path, nodes in ((0, 1), (0, 60), (1, 90), (50, 40), (7, 200)):
         parents = preorder(rng, path, nodes, branch)
@@ -58,9 +55,8 @@ def test_every_walk_is_covered_once(prices, branch, small, monkeypatch):
         assert [start for start, _ in own] == [path, *(stop for _, stop in own[:-1])]
 
 
-@pytest.mark.parametrize("prices", [CPU, FREE])
-def test_any_order_with_parents_first_is_covered_once(prices, monkeypatch):
-    monkeypatch.setattr(tree_blocks, "SMALL", 2)
+@pytest.mark.parametrize("prices", [CPU, FREE, Prices(0, 0, 2)])
+def test_any_order_with_parents_first_is_covered_once(prices):
     rng = np.random.default_rng(3)
     for size in (5, 30, 80):
         parents = [int(rng.integers(-1, node)) if node else -1 for node in range(size)]
