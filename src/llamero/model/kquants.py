@@ -23,6 +23,14 @@ from llamero.checkpoint.gguf import TYPES, dtype_of
 SWEEPS = 3
 """How often codes and the scales of a super-block are fitted to each other."""
 
+COARSE = 6
+"""Of how many ranges that could be tried one is, where not all are; half as many for codes of up to `FEW` bits. Codes
+and scales of wider ones are then fitted to each other once. GPTQ rounds on such grids as well as on the best: KL of a
+trained model of 7 M parameters is within 1 %."""
+
+FEW = 3
+"""Bits of codes that so few ranges are too few for: KL at 2 bits would be 7 % higher."""
+
 _NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 KINDS = {name: TYPES[name] for name in _NAMES}
@@ -48,13 +56,20 @@ def encode(
     return torch.cat(rows)
 
 
-def fit(w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, "*out d"] | None = None) -> "Fitted":
+def fit(
+    w: Float[Tensor, "out d"],
+    kind: str,
+    *,
+    importance: Float[Tensor, "*out d"] | None = None,
+    thorough: bool = True,
+) -> "Fitted":
     """Return the blocks of a matrix, row after row: scales and codes whose weighted squared error is small.
 
     Args:
         w: Weight, its inputs a multiple of the kind's block.
         kind: A name of `KINDS`.
         importance: How much the error of each input channel counts; all alike where it is not given.
+        thorough: Whether all ranges are tried, or every `COARSE`th: for weights that others will yet answer for.
     """
     form = KINDS[kind]
     if w.shape[1] % form.block:
@@ -63,7 +78,7 @@ def fit(w: Float[Tensor, "out d"], kind: str, *, importance: Float[Tensor, "*out
     weight = torch.ones_like(blocks)
     if importance is not None:
         weight = importance.float().clamp(min=1e-12).expand_as(w).reshape(-1, form.block)
-    return _FITTERS[kind](blocks, weight)
+    return _FITTERS[kind](blocks, weight, 1 if thorough else COARSE)
 
 
 def pack(found: "Fitted", kind: str, *, rows: int) -> UInt8[Tensor, "out bytes"]:
@@ -175,11 +190,11 @@ def _scaled(w: Tensor, scale: Tensor, low: int, high: int) -> Plain:
     return Plain(codes, scale, torch.zeros_like(scale), (low, high))
 
 
-def _nearest_scale(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+def _nearest_scale(w: Tensor, weight: Tensor, low: int, high: int, every: int) -> Tensor:
     """Return for each block the scale, of those that map its largest weight to an end, that errs least."""
     largest = w.gather(1, w.abs().argmax(1, keepdim=True))  # with its sign: it goes to the longer end, `low`
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    for step in range(-9, 10):
+    for step in range(-(9 // every) * every, 10, every):
         inverse = (low + 0.1 * step * (1 if low < -8 else 0.7)) / _safe(largest)
         codes = (w * inverse).round().clamp(low, high)
         scale = _stored(
@@ -191,8 +206,8 @@ def _nearest_scale(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
     return torch.where(largest == 0, 0.0, best)
 
 
-def _fit_q4_0(w: Tensor, weight: Tensor) -> Plain:
-    return _scaled(w, _nearest_scale(w, weight, -8, 7), -8, 7)
+def _fit_q4_0(w: Tensor, weight: Tensor, every: int) -> Plain:
+    return _scaled(w, _nearest_scale(w, weight, -8, 7, every), -8, 7)
 
 
 def _pack_q4_0(found: Plain) -> Tensor:
@@ -205,8 +220,8 @@ def _decode_q4_0(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * (codes.float() - 8)
 
 
-def _fit_q5_0(w: Tensor, weight: Tensor) -> Plain:
-    return _scaled(w, _nearest_scale(w, weight, -16, 15), -16, 15)
+def _fit_q5_0(w: Tensor, weight: Tensor, every: int) -> Plain:
+    return _scaled(w, _nearest_scale(w, weight, -16, 15, every), -16, 15)
 
 
 def _pack_q5_0(found: Plain) -> Tensor:
@@ -231,7 +246,7 @@ def _unbits(data: UInt8[Tensor, "blocks bytes"]) -> UInt8[Tensor, "blocks n"]:
     return ((data[..., None] >> shifts) & 1).flatten(1)
 
 
-def _fit_q8_0(w: Tensor, weight: Tensor) -> Plain:
+def _fit_q8_0(w: Tensor, weight: Tensor, every: int) -> Plain:
     return _scaled(w, _stored(w.abs().amax(1, keepdim=True) / 127), -127, 127)
 
 
@@ -243,12 +258,12 @@ def _decode_q8_0(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * data[:, 2:].contiguous().view(torch.int8).float()
 
 
-def _ranged(w: Tensor, weight: Tensor, last: int) -> Plain:
+def _ranged(w: Tensor, weight: Tensor, last: int, every: int) -> Plain:
     """Return the blocks of those grids that fit ranges around that of its weights."""
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     best_step, best_low = torch.zeros_like(low), _stored(low)
     least = torch.full_like(low, torch.inf)
-    for tried in range(-10, 21):
+    for tried in range(-(10 // every) * every, 21, every):
         trial = (high - low) / (last + 0.1 * tried * (last / 15 if last < 15 else 1))
         codes = ((w - low) / _safe(trial)).round().clamp(0, last)
         step, start = (_stored(value) for value in _line(w, weight, codes))
@@ -273,8 +288,8 @@ def _line(w: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return step, (x - step * c) / _safe(ones)
 
 
-def _fit_q4_1(w: Tensor, weight: Tensor) -> Plain:
-    return _ranged(w, weight, 15)
+def _fit_q4_1(w: Tensor, weight: Tensor, every: int) -> Plain:
+    return _ranged(w, weight, 15, every)
 
 
 def _pack_q4_1(found: Plain) -> Tensor:
@@ -287,8 +302,8 @@ def _decode_q4_1(data: Tensor) -> Tensor:
     return _unhalf(data[:, :2]) * codes.float() + _unhalf(data[:, 2:4])
 
 
-def _fit_q5_1(w: Tensor, weight: Tensor) -> Plain:
-    return _ranged(w, weight, 31)
+def _fit_q5_1(w: Tensor, weight: Tensor, every: int) -> Plain:
+    return _ranged(w, weight, 31, every)
 
 
 def _pack_q5_1(found: Plain) -> Tensor:
@@ -343,7 +358,12 @@ class Affine:
 
 
 def affine(
-    w: Float[Tensor, "blocks groups n"], weight: Float[Tensor, "blocks groups n"], *, bits: int, scale_bits: int
+    w: Float[Tensor, "blocks groups n"],
+    weight: Float[Tensor, "blocks groups n"],
+    *,
+    bits: int,
+    scale_bits: int,
+    every: int = 1,
 ) -> Affine:
     """Return codes whose weighted squared error is small.
 
@@ -352,18 +372,20 @@ def affine(
         weight: How much the error of each counts.
         bits: Of a code.
         scale_bits: Of a group's scale and of its minimum.
+        every: Of how many ranges one is tried.
     """
     last, top = 2**bits - 1, 2**scale_bits - 1
+    every, sweeps = _effort(every, bits)
     if bits != 4:
         # large weights are to be hit first: by measurement (KL of a trained model of 7 M parameters), without it a
         # third higher at 2 bits and a quarter higher at 5, but 7 % lower at 4
         weight = weight * (w.square().mean((1, 2), keepdim=True).sqrt() + w.abs())
-    step, low = _affine_search(w, weight, last)
+    step, low = _affine_search(w, weight, last, every)
     d, scales = _rounded_scales(step, weight.sum(2), top)
     dmin, minimums = _rounded_scales(low, weight.sum(2), top)
     found = _affine_codes(w, d, scales, dmin, minimums, last)
     best, least = found, _error(w, found.weights(), weight)
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         d, dmin = _affine_refit(w, weight, found)
         scales, minimums = _affine_rescale(w, weight, found, d, dmin, top)
         found = _affine_codes(w, d, scales, dmin, minimums, last)
@@ -372,13 +394,20 @@ def affine(
     return best
 
 
-def _affine_search(w: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor]:
+def _effort(every: int, bits: int) -> tuple[int, int]:
+    """Return of how many ranges one is tried for codes of a width, and how often codes and scales are fitted."""
+    if every == 1:
+        return 1, SWEEPS
+    return (max(1, every // 2), SWEEPS) if bits <= FEW else (every, 1)
+
+
+def _affine_search(w: Tensor, weight: Tensor, last: int, every: int) -> tuple[Tensor, Tensor]:
     """Return step and minimum (≥ 0) of every group, not rounded yet."""
     high, low = w.amax(2, keepdim=True).clamp(min=0), (-w.amin(2, keepdim=True)).clamp(min=0)
     step = (high + low) / last
     best_step, best_low = step, low
     least = torch.full_like(step, torch.inf)
-    for tried in range(-10, 21):
+    for tried in range(-(10 // every) * every, 21, every):
         # the range shrinks and grows around that of the weights
         trial = (high + low) / (last + 0.1 * tried * (last / 15 if last < 15 else 1))
         codes = ((w + low) / _safe(trial)).round().clamp(0, last)
@@ -395,9 +424,10 @@ def _least_squares(w: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Te
     """Return step and minimum ≥ 0 with which codes come nearest to the weights of their group."""
 
     def total(values: Tensor) -> Tensor:
-        return (weight * values).sum(2, keepdim=True)
+        return values.sum(2, keepdim=True)
 
-    ones, c, cc, x, xc = total(torch.ones_like(w)), total(codes), total(codes * codes), total(w), total(w * codes)
+    felt = weight * codes
+    ones, c, cc, x, xc = total(weight), total(felt), total(felt * codes), total(weight * w), total(felt * w)
     determinant = ones * cc - c * c
     step = (ones * xc - x * c) / _safe(determinant)
     low = -(cc * x - c * xc) / _safe(determinant)
@@ -475,12 +505,12 @@ def _better(best: Affine, found: Affine, where: Tensor) -> Affine:
     )
 
 
-def _fit_q4_k(w: Tensor, weight: Tensor) -> Affine:
-    return affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=4, scale_bits=6)
+def _fit_q4_k(w: Tensor, weight: Tensor, every: int) -> Affine:
+    return affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=4, scale_bits=6, every=every)
 
 
-def _fit_q5_k(w: Tensor, weight: Tensor) -> Affine:
-    return affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=5, scale_bits=6)
+def _fit_q5_k(w: Tensor, weight: Tensor, every: int) -> Affine:
+    return affine(w.view(-1, 8, 32), weight.view(-1, 8, 32), bits=5, scale_bits=6, every=every)
 
 
 def _pack_affine(found: Affine) -> Tensor:
@@ -526,8 +556,8 @@ def _unsix_bits(data: UInt8[Tensor, "blocks 12"]) -> tuple[UInt8[Tensor, "blocks
     return scales, torch.cat([second & 63, rest >> 4 | second >> 6 << 4], 1)
 
 
-def _fit_q2_k(w: Tensor, weight: Tensor) -> Affine:
-    return affine(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=2, scale_bits=4)
+def _fit_q2_k(w: Tensor, weight: Tensor, every: int) -> Affine:
+    return affine(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=2, scale_bits=4, every=every)
 
 
 def _pack_q2_k(found: Affine) -> Tensor:
@@ -580,7 +610,12 @@ class Linear:
 
 
 def symmetric(
-    w: Float[Tensor, "blocks groups n"], weight: Float[Tensor, "blocks groups n"], *, bits: int, scale_bits: int
+    w: Float[Tensor, "blocks groups n"],
+    weight: Float[Tensor, "blocks groups n"],
+    *,
+    bits: int,
+    scale_bits: int,
+    every: int = 1,
 ) -> Linear:
     """Return codes from −2^(bits−1) up whose weighted squared error is small.
 
@@ -589,18 +624,20 @@ def symmetric(
         weight: How much the error of each counts.
         bits: Of a code.
         scale_bits: Of a group's scale, its sign included.
+        every: Of how many ranges one is tried.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    every, sweeps = _effort(every, bits)
     ends = -(2 ** (scale_bits - 1)), 2 ** (scale_bits - 1) - 1
     weight = weight * (w.square().mean((1, 2), keepdim=True).sqrt() + w.abs())
-    step = _linear_search(w, weight, low, high)
+    step = _linear_search(w, weight, low, high, every)
     largest = step.gather(1, step.abs().argmax(1, keepdim=True))
     best: Linear | None = None
     least = torch.full_like(largest[:, 0], torch.inf)
-    for tried in range(-4, 5):
+    for tried in range(-4, 5, 4 if every > 1 else 1):
         d = _stored(largest[:, 0] / (ends[0] + 0.25 * tried))
         found = _linear_codes(w, d, step, low, high, ends)
-        for _ in range(SWEEPS):
+        for _ in range(sweeps):
             found = _linear_refit(w, weight, found, low, high, ends)
         error = _error(w, found.weights(), weight)
         if best is None:
@@ -618,11 +655,11 @@ def symmetric(
     return best
 
 
-def _linear_search(w: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+def _linear_search(w: Tensor, weight: Tensor, low: int, high: int, every: int) -> Tensor:
     """Return the step of every group, not rounded yet: its sign says which end the largest weight goes to."""
     largest = w.gather(2, w.abs().argmax(2, keepdim=True))
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    for tried in range(-9, 10):
+    for tried in range(-(9 // every) * every, 10, every):
         codes = (w * (low + 0.1 * tried) / _safe(largest)).round().clamp(low, high)
         step = (weight * w * codes).sum(2, keepdim=True) / _safe((weight * codes * codes).sum(2, keepdim=True))
         codes = (w / _safe(step)).round().clamp(low, high)
@@ -649,8 +686,8 @@ def _linear_refit(w: Tensor, weight: Tensor, found: Linear, low: int, high: int,
     return _linear_codes(w, d, step, low, high, ends)
 
 
-def _fit_q6_k(w: Tensor, weight: Tensor) -> Linear:
-    return symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=6, scale_bits=8)
+def _fit_q6_k(w: Tensor, weight: Tensor, every: int) -> Linear:
+    return symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=6, scale_bits=8, every=every)
 
 
 def _pack_q6_k(found: Linear) -> Tensor:
@@ -671,8 +708,8 @@ def _decode_q6_k(data: Tensor) -> Tensor:
     return Linear(signed, scales, _unhalf(data[:, 208:])[:, 0], (-32, 31)).weights().flatten(1)
 
 
-def _fit_q3_k(w: Tensor, weight: Tensor) -> Linear:
-    return symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=3, scale_bits=6)
+def _fit_q3_k(w: Tensor, weight: Tensor, every: int) -> Linear:
+    return symmetric(w.view(-1, 16, 16), weight.view(-1, 16, 16), bits=3, scale_bits=6, every=every)
 
 
 def _pack_q3_k(found: Linear) -> Tensor:
@@ -700,7 +737,7 @@ def _decode_q3_k(data: Tensor) -> Tensor:
     )
 
 
-_FITTERS: dict[str, Callable[[Tensor, Tensor], Fitted]] = {
+_FITTERS: dict[str, Callable[[Tensor, Tensor, int], Fitted]] = {
     "Q4_0": _fit_q4_0,
     "Q4_1": _fit_q4_1,
     "Q5_0": _fit_q5_0,

@@ -26,9 +26,22 @@ def quantize(w: Float[Tensor, "out d"], *, bits: int, group_size: int, sym: bool
     return GroupCodes(codes, scales, zeros, (torch.arange(w.shape[1], device=w.device) // size).to(torch.int32), bits)
 
 
+def nearest(w: Float[Tensor, "out d"], *, bits: int, group_size: int, sym: bool = True) -> Float[Tensor, "out d"]:
+    """Return what the nearest codes stand for; arguments as of `quantize`, and the values that its codes have."""
+    grouped = w.unflatten(1, (-1, w.shape[1] if group_size == -1 else group_size))  # (out, groups, size)
+    spread = _spread(grouped, bits, sym)
+    return spread.decode(spread.encode(grouped)).flatten(1)
+
+
+def _spread(grouped: Tensor, bits: int, sym: bool) -> grid.Grid:
+    """Return the grids of groups (out, groups, size), to be broadcast to their weights."""
+    grids = grid.fit(grouped, dim=2, bits=bits, sym=sym)
+    return grid.Grid(grids.scale[..., None], grids.zero[..., None], bits)
+
+
 def _quantize(w: Tensor, bits: int, size: int, sym: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and zero points of some rows."""
     grouped = w.unflatten(1, (-1, size))  # (out, groups, size)
-    grids = grid.fit(grouped, dim=2, bits=bits, sym=sym)
-    spread = grid.Grid(grids.scale[..., None], grids.zero[..., None], bits)
-    return spread.encode(grouped).flatten(1).to(torch.uint8), grids.scale.half(), grids.zero.to(torch.uint8)
+    spread = _spread(grouped, bits, sym)
+    codes = spread.encode(grouped).flatten(1).to(torch.uint8)
+    return codes, spread.scale[..., 0].half(), spread.zero[..., 0].to(torch.uint8)

@@ -66,8 +66,8 @@ def search(
     for s in _candidates(w, mean_abs, size=w.shape[1] if group_size == -1 else group_size):
         error = 0.0
         for part in _rows(w):
-            rounded = rtn.quantize(part * s, bits=bits, group_size=group_size, sym=sym).dequantize() / s
-            error += float((((part - rounded) @ h) * (part - rounded)).sum(dtype=torch.float64))
+            change = part - rtn.nearest(part * s, bits=bits, group_size=group_size, sym=sym).div_(s)
+            error += float((change @ h).mul_(change).sum(dtype=torch.float64))
         if best is None or error < best.error:
             best = Scaled(s, error)
     assert best is not None
@@ -106,7 +106,7 @@ def clip(
         best = part
         for shrink in SHRINKS:
             cut = part.clamp(-reach * shrink, reach * shrink)
-            change = part - rtn.quantize(cut, bits=bits, group_size=-1, sym=sym).dequantize()
+            change = part - rtn.nearest(cut, bits=bits, group_size=-1, sym=sym)
             error = ((change @ moment) * change).sum(1)
             if least is None:
                 best, least = cut, error

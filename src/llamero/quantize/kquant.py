@@ -8,15 +8,22 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from llamero.checkpoint.gguf_names import to_gguf
-from llamero.model.kquants import KINDS, BlockCodes, fit, pack, round_to
+from llamero.model.kquants import KINDS, BlockCodes, Fitted, fit, pack, round_to
 from llamero.quantize import gguf_mix
-from llamero.quantize.gptq import Factor
-from llamero.quantize.problem import AT_ONCE, LayerProblems, Problem, Solution
+from llamero.quantize.gptq import STRIP, Factor
+from llamero.quantize.problem import LayerProblems, Problem, Solution
 from llamero.quantize.variants import Variant
+
+ROWS = 512
+"""Rows of weights that are solved at a time, in each of the kinds asked for."""
+
+LANES = 16
+"""Rows are filled up to a multiple of it: what comes out of them does not depend on where they lie."""
 
 
 def round_nearest(layer: LayerProblems, variants: Sequence[Variant]) -> Iterator[Solution]:
@@ -49,77 +56,115 @@ def _together(layer: LayerProblems, variants: Sequence[Variant]) -> list[Solutio
         for problem in layer.inputs.values()
         for theirs in (_named(layer, name) for name in problem.names)
     }
+    kinds = [gguf_mix.types(layer.shape, variant.mix) for variant in variants]
     solutions = [Solution(importance=dict(heeded), seconds=0.0) for _ in variants]
     for problem in layer.heaviest_first():
         started = time.perf_counter()
         factor = problem.factor(False)
-        shared = (time.perf_counter() - started) / len(variants)
-        for variant, solution in zip(variants, solutions, strict=True):
-            started = time.perf_counter()
-            _add(solution, layer, problem, variant, factor)
-            assert solution.seconds is not None
-            solution.seconds += shared + time.perf_counter() - started
+        found: list[dict[str, BlockCodes]] = [{} for _ in variants]
+        for name, weight in zip(problem.names, problem.weight.split(problem.outputs), strict=True):
+            theirs = _named(layer, name)
+            wanted = list(dict.fromkeys(mine[theirs] for mine in kinds))
+            blocks = [kind for kind in wanted if kind in KINDS]
+            made = {kind: round_to(weight, kind) for kind in wanted if kind not in KINDS}
+            made |= gptq_each(weight, factor, blocks, importance=heeded[theirs])
+            for codes, mine in zip(found, kinds, strict=True):
+                codes[name] = made[mine[theirs]]
+        damp, dead = factor.damp, int(factor.dead.sum())
         del factor  # before the next one is made, not after
+        for solution, codes in zip(solutions, found, strict=True):
+            solution.add_parts(problem, codes, damp=damp, dead=dead)
+        for solution in solutions:
+            assert solution.seconds is not None
+            solution.seconds += (time.perf_counter() - started) / len(variants)
     return solutions
 
 
-def _add(solution: Solution, layer: LayerProblems, problem: Problem, variant: Variant, factor: Factor) -> None:
-    kinds, codes = gguf_mix.types(layer.shape, variant.mix), {}
-    for name, weight in zip(problem.names, problem.weight.split(problem.outputs), strict=True):
-        theirs = _named(layer, name)
-        kind = kinds[theirs]
-        if kind in KINDS:
-            codes[name] = gptq(weight, factor, kind, importance=solution.importance[theirs])
-        else:
-            codes[name] = round_to(weight, kind)
-    solution.add_parts(problem, codes, damp=factor.damp, dead=int(factor.dead.sum()))
-
-
 def gptq(w: Float[Tensor, "out d"], factor: Factor, kind: str, *, importance: Float[Tensor, " d"]) -> BlockCodes:
+    """Return blocks of one kind; arguments as of `gptq_each`."""
+    return gptq_each(w, factor, [kind], importance=importance)[kind]
+
+
+def gptq_each(
+    w: Float[Tensor, "out d"], factor: Factor, kinds: Sequence[str], *, importance: Float[Tensor, " d"]
+) -> dict[str, BlockCodes]:
     """Return blocks that are rounded one input channel after another, the channels to come absorbing the error.
 
-    The scales of a block are fitted to its weights as they are when it is reached, and stay.
+    The scales of a block are fitted to its weights as they are when it is reached, and stay. Kinds whose blocks are of
+    one length are stacked as if they were more rows: a channel costs the same few operations whatever is asked for.
 
     Args:
-        w: Weight, its inputs a multiple of the kind's block.
+        w: Weight, its inputs a multiple of the kinds' blocks.
         factor: Of its inputs, in their own order.
-        kind: A name of `kquants.KINDS`.
+        kinds: Names of `kquants.KINDS`, each once.
         importance: Mean square of the inputs.
     """
-    parts = w.split(max(1, AT_ONCE // w.shape[1]))  # rows are independent
-    return BlockCodes(torch.cat([_gptq(part, factor, kind, importance) for part in parts]), kind)
+    found: dict[str, BlockCodes] = {}
+    for width in dict.fromkeys(KINDS[kind].block for kind in kinds):
+        stack = [kind for kind in kinds if KINDS[kind].block == width]
+        parts = [
+            _gptq(part.masked_fill(factor.dead, 0), factor.u, stack, importance)
+            for part in w.split(ROWS)  # rows are independent
+        ]
+        for kind, rows in zip(stack, zip(*parts, strict=True), strict=True):
+            found[kind] = BlockCodes(torch.cat(rows), kind)
+    return found
 
 
-def _gptq(w: Tensor, factor: Factor, kind: str, importance: Tensor) -> Tensor:
-    u, width = factor.u, KINDS[kind].block
-    w = w.masked_fill(factor.dead, 0)
-    rows = []
-    for start in range(0, w.shape[1], width):
+def _gptq(w: Tensor, u: Tensor, kinds: Sequence[str], importance: Tensor) -> list[Tensor]:
+    """Return the bytes of some rows in each of several kinds whose blocks are of one length."""
+    rows_here, width = len(w), KINDS[kinds[0]].block
+    w = F.pad(w, (0, 0, 0, -len(w) % LANES))
+    count = len(w)
+    x = w.T.repeat(1, len(kinds))  # (d, columns): a channel is a row from here on
+    columns = [slice(i * count, (i + 1) * count) for i in range(len(kinds))]
+    rows: list[list[Tensor]] = [[] for _ in kinds]
+    for start in range(0, len(x), width):
         stop = start + width
-        found = fit(w[:, start:stop], kind, importance=importance[start:stop])
-        codes, errors = _round_block(
-            w[:, start:stop].T.contiguous(), u[start:stop, start:stop], *found.grid(), found.ends
-        )
-        w[:, stop:] -= errors.T @ u[start:stop, stop:]
-        rows.append(pack(found.recoded(codes.T), kind, rows=len(w)))
-    return torch.cat(rows, 1)
+        block, heeded = x[start:stop], importance[start:stop]
+        found = [
+            fit(block[:, mine].T, kind, importance=heeded, thorough=False)
+            for kind, mine in zip(kinds, columns, strict=True)
+        ]
+        codes, errors = _round_block(block, u[start:stop, start:stop], found, columns)
+        for mine in columns:
+            x[stop:, mine].addmm_(u[start:stop, stop:].T, errors[:, mine], alpha=-1)
+        for kind, mine, fitted, parts in zip(kinds, columns, found, rows, strict=True):
+            parts.append(pack(fitted.recoded(codes[:, mine].T.contiguous()), kind, rows=count))
+    return [torch.cat(parts, 1)[:rows_here] for parts in rows]
 
 
 def _round_block(
-    w: Float[Tensor, "n out"],
-    u: Float[Tensor, "n n"],
-    step: Float[Tensor, "out n"],
-    low: Float[Tensor, "out n"],
-    ends: tuple[int, int],
-) -> tuple[Float[Tensor, "n out"], Float[Tensor, "n out"]]:
-    """Return the codes of a block's channels, and the error of each that the channels beyond are to absorb."""
-    step, low = step.T.contiguous(), low.T.contiguous()
+    w: Float[Tensor, "n columns"], u: Float[Tensor, "n n"], found: Sequence[Fitted], columns: Sequence[slice]
+) -> tuple[Float[Tensor, "n columns"], Float[Tensor, "n columns"]]:
+    """Return the codes of a block's channels, and the error of each that the channels beyond are to absorb.
+
+    Args:
+        w: Weights of all kinds side by side; is overwritten.
+        u: Of the factor.
+        found: The grids of each kind.
+        columns: Of each kind; products are computed for one after the other, whatever else is there.
+    """
+    steps, lows = zip(*(each.grid() for each in found), strict=True)
+    step, low = torch.cat(steps).T.contiguous(), torch.cat(lows).T.contiguous()
     inverse = torch.where(step == 0, 0.0, 1 / step)
+    first, last = (
+        torch.cat([w.new_full((len(mine),), each.ends[end]) for each, mine in zip(found, steps, strict=True)])
+        for end in (0, 1)
+    )
     codes, errors = torch.empty_like(w), torch.empty_like(w)
-    for i in range(len(w)):
-        codes[i] = ((w[i] + low[i]) * inverse[i]).round_().clamp_(*ends)
-        errors[i] = (w[i] - (step[i] * codes[i] - low[i])) / u[i, i]
-        w[i:].addr_(u[i, i:], errors[i], alpha=-1)
+    for start in range(0, len(w), STRIP):
+        stop = min(start + STRIP, len(w))
+        strip, told = w[start:stop], u[start:stop, start:stop].triu(1).unbind()
+        pivots = u.diagonal()[start:stop].tolist()
+        channels = (each[start:stop].unbind() for each in (w, step, low, inverse, codes, errors))
+        for pivot, tell, mine, size, least, back, code, error in zip(pivots, told, *channels, strict=True):
+            torch.add(mine, least, out=code)
+            torch.clamp(code.mul_(back).round_(), first, last, out=code)
+            torch.addcmul(least, size, code, value=-1, out=error).add_(mine).div_(pivot)
+            strip.addr_(tell, error, alpha=-1)  # this strip, now
+        for mine in columns:  # the rest of the block
+            w[stop:, mine].addmm_(u[start:stop, stop:].T, errors[start:stop, mine], alpha=-1)
     return codes, errors
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +69,11 @@ def test_a_search_finds_the_best_of_its_candidates(seed, bits, sym):
             tried += [(scale, zero), (-scale, zero)] if sym else [(scale, z) for z in around]
         best = min(error(column, *each) for each in tried)
         assert error(column, float(found.scale[column]), int(found.zero[column])) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (4, -1), (8, 16)])
+def test_the_nearest_values_are_those_of_the_nearest_codes(bits, group_size, sym):
+    w = torch.randn(6, 48, generator=torch.Generator().manual_seed(bits))
+    how = {"bits": bits, "group_size": group_size, "sym": sym}
+    assert torch.equal(rtn.nearest(w, **how), rtn.quantize(w, **how).dequantize())

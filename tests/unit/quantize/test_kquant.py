@@ -5,7 +5,7 @@ import torch
 
 from llamero.model.kquants import KINDS, decode, fit, round_to
 from llamero.quantize.gptq import factorize
-from llamero.quantize.kquant import gptq
+from llamero.quantize.kquant import gptq, gptq_each
 
 
 def layer(kind, *, out=5):
@@ -23,7 +23,7 @@ def brute_force(w, h, kind, *, importance):
     w, width, made = w.double().clone(), KINDS[kind].block, torch.zeros_like(w)
     for start in range(0, w.shape[1], width):
         part = slice(start, start + width)
-        step, low = fit(w[:, part].float(), kind, importance=importance[part]).grid()
+        step, low = fit(w[:, part].float(), kind, importance=importance[part], thorough=False).grid()
         first, last = fit(w[:, part].float(), kind).ends
         for i in range(start, start + width):
             j = i - start
@@ -41,6 +41,15 @@ def test_gptq_in_blocks_matches_brute_force(kind):
     expected = brute_force(w, h, kind, importance=h.diagonal())
     same = torch.isclose(found, expected, rtol=0, atol=1e-6).float().mean()
     assert same > 0.97, "a weight halfway between two values may go either way, and its neighbours after it"
+
+
+def test_kinds_that_are_made_together_are_those_that_are_made_alone():
+    w, h = layer("Q4_K", out=7)
+    kinds, factor = ["Q2_K", "Q4_0", "Q3_K", "Q6_K", "Q8_0", "Q4_K"], factorize(h, by_activation=False, damp=0.01)
+    together = gptq_each(w, factor, kinds, importance=h.diagonal())
+    assert list(together) == ["Q2_K", "Q3_K", "Q6_K", "Q4_K", "Q4_0", "Q8_0"]  # blocks of one length side by side
+    for kind in kinds:
+        assert torch.equal(together[kind].data, gptq(w, factor, kind, importance=h.diagonal()).data)
 
 
 def error(w, made, h):
