@@ -104,13 +104,13 @@ class Walk:
         check_tokens(tokens, config)
         self.heads: dict[str, Channels] = {}
         """What flowed into the head, by the names of the streams."""
-        self._world = alone() if world is None else world
+        self.world = alone() if world is None else world
         self._config, self._tokens = config, tokens
-        self.device = device = self._world.device
+        self.device = device = self.world.device
         self._model = Layered(directory, dtype=dtype, device=device)  # anything missing is said before the work begins
         self._tensors = hf.open_tensors(directory)
         self._groups = _groups(config, tokens, self.device)
-        self._mine = range(self._world.rank, len(self._groups), self._world.size)
+        self._mine = range(self.world.rank, len(self._groups), self.world.size)
         lengths = [sum(group.layout.lengths) for group in self._groups]
         self._streams = {name: waiting(name, lengths, config.hidden_size, dtype) for name in streams}
 
@@ -147,7 +147,7 @@ class Walk:
 
     def _embed(self) -> None:
         begun = [waiting for waiting in self._streams.values() if waiting.layer is None]
-        with self._world.together(), self._model.embedding() as lookup, torch.no_grad():
+        with self.world.together(), self._model.embedding() as lookup, torch.no_grad():
             for waiting in begun:
                 for number in self._mine:
                     group = self._groups[number]
@@ -159,9 +159,9 @@ class Walk:
 
     def _turn(self, waiting: Waiting | KeptWaiting) -> None:
         """Go on to the next layer; what comes before this one may be written over only when that is noted."""
-        with self._world.together():
+        with self.world.together():
             waiting.sync()
-        with self._world.together():
+        with self.world.together():
             waiting.turn()
 
     def _observe(self, number: int, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> dict[str, Statistics]:
@@ -174,7 +174,7 @@ class Walk:
         """
         recorders = {name: self._recorder(f"model.layers.{number}.{name}") for name in INPUTS}
         sums = [recorder.sums for recorder in recorders.values()]
-        with added_up(self._world, sums), self._model.layer(number) as block, ExitStack() as hooks:
+        with added_up(self.world, sums), self._model.layer(number) as block, ExitStack() as hooks:
             for name, recorder in recorders.items():
                 hook = block.get_submodule(name).register_forward_pre_hook(recorder.hook)
                 hooks.callback(hook.remove)
@@ -182,7 +182,7 @@ class Walk:
         return {name: recorder.sums.sums.statistics(recorder.where) for name, recorder in recorders.items()}
 
     def _recorder(self, where: str, *, products: bool = True) -> _Recorder:
-        return _Recorder(where, AgreedSums(where, len(self._groups), self._world, products=products))
+        return _Recorder(where, AgreedSums(where, len(self._groups), self.world, products=products))
 
     def _flow_on(self, number: int, waiting: Waiting | KeptWaiting, weights: dict[str, Callable[[], Tensor]]) -> None:
         if not weights:
@@ -191,7 +191,7 @@ class Walk:
             for name, make in weights.items():
                 block.get_parameter(name).data.copy_(make())
             weights.clear()
-            with self._world.together():
+            with self.world.together():
                 self._run(block, waiting, flows_on=True)
 
     def _run(self, block: Block, waiting: Waiting | KeptWaiting, *, flows_on: bool) -> None:
@@ -215,7 +215,7 @@ class Walk:
             _current.group = self._groups[number]
             recorder.record(norm(waiting[number].to(self.device)))
 
-        with added_up(self._world, [recorder.sums]):
+        with added_up(self.world, [recorder.sums]):
             self._for_all(one)
         return recorder.sums.sums.channels(recorder.where)
 

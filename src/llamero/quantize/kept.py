@@ -67,6 +67,8 @@ def layers(
 ) -> Generator[Layer, None, None]:
     """Yield the layers of a walk, from what is kept of it or else keeping it.
 
+    Of several processes each reads what is kept; the first keeps it, and all walk.
+
     Args:
         walk: Through the unquantized model; begun only where nothing is kept. It is told what flows into the head.
         model: Its directory.
@@ -78,14 +80,19 @@ def layers(
     Raises:
         LlameroError: What is kept is damaged.
     """
-    found = artifact.find(root, who)
+    world = walk.world
+    found = world.told(artifact.find(root, who))
     if found is not None:
         log.info("statistics of an earlier run are used: %s", found.path)
         yield from _read(found, model, config, walk, first)
         return
     unfinished = artifact.partial(root, who)  # of a run that was cut off
-    if not all((unfinished / f"{_stem(number)}.safetensors").exists() for number in range(walk.first)):
+    there = all((unfinished / f"{_stem(number)}.safetensors").exists() for number in range(walk.first))
+    if not world.told(there):
         walk.restart()
+    if not world.speaks:
+        yield from walk
+        return
     if walk.first == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     log.info("statistics are kept: about %.1f GB in %s", bytes_of(config) / 1e9, who.path(root))

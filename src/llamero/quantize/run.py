@@ -308,12 +308,6 @@ def _ask(config: QuantizeConfig, model: Path, tokens: Sequence[Tensor], world: W
     meta, variants = empty_model(shape), config.parsed()
     refuse_misfits(variants, widths(meta), where=str(model))
     calibrate.check_tokens(tokens, shape)
-    if config.calibration.keep and keep_in is not None and world.size > 1:
-        raise LlameroError(
-            "statistics are kept, and used again, by one process alone",
-            where="calibration.keep",
-            fix="leave out --keep (`calibration.keep`), or start one process",
-        )
     imatrix = {} if config.imatrix is None else importance.read_for(config.imatrix, shape)
     compute, tensors = DTYPES[config.calibration.arithmetic], hf.open_tensors(model)
     return _Asked(config, variants, model, shape, meta, tensors, tokens, world, compute, imatrix, keep_in)
@@ -392,7 +386,7 @@ def _walk(
     layers: Iterable[Layer] = walk
     reused = False
     if config.calibration.keep and keep_in is not None:
-        who = kept.identity(asked.model, asked.tokens, dtype=asked.compute, root=keep_in)
+        who = _statistics(asked, keep_in)
         reused = artifact.find(keep_in, who) is not None
         found = kept.layers(walk, asked.model, shape, who, root=keep_in, first=min(needed.values()))
         layers = stack.enter_context(closing(found))
@@ -442,6 +436,17 @@ def _copy(
             work.commit(None, name, importance={str(to_gguf(name)): importances[name]} if heeded else None)
 
 
+def _statistics(asked: _Asked, root: Path) -> Identity:
+    """Return what decides the statistics; the first process reads the model's files for it."""
+    who: Identity | None = None
+    with asked.world.together():
+        if asked.world.speaks:
+            who = kept.identity(asked.model, asked.tokens, dtype=asked.compute, root=root)
+    who = asked.world.told(who)
+    assert who is not None
+    return who
+
+
 def _sensitivity(asked: _Asked, planned: Iterable[Stream], progress: Progress) -> Sensitivity | None:
     """Measure how the loss feels outputs, if that is asked for; it is kept as long as the progress at least."""
     config, tokens, model, root = asked.config, asked.tokens, asked.model, progress.path
@@ -453,8 +458,7 @@ def _sensitivity(asked: _Asked, planned: Iterable[Stream], progress: Progress) -
         sensitivity.measure(model, asked.shape, some, into=felt, dtype=asked.compute, world=asked.world)
 
     if config.calibration.keep and asked.keep_in is not None:
-        statistics = kept.identity(model, tokens, dtype=asked.compute, root=asked.keep_in)
-        root = asked.keep_in
+        statistics, root = _statistics(asked, asked.keep_in), asked.keep_in
     else:
         statistics = Identity("calibration", "calibration", {}, {})  # all that decides it decides the progress too
     return sensitivity.kept(root, sensitivity.identity(statistics, some), make, asked.world)

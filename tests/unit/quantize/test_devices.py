@@ -1,5 +1,7 @@
 """Several processes make, byte for byte, what one makes alone."""
 
+import shutil
+
 import pytest
 
 SMALL = {"group_tokens": 32}
@@ -107,6 +109,22 @@ def test_text_that_breaks_the_model_is_named_by_all(victims, tmp_path):
     assert "not all finite" in said[0]["says"]
 
 
-def test_statistics_are_not_kept_by_several(victims, tmp_path):
-    said = victims.run(tmp_path, processes=2, calibration={"keep": True}, **SMALL)
-    assert all("by one process alone" in each["says"] and "--keep" in each["says"] for each in said)
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [0, 25, 40])
+def test_statistics_are_kept_by_several_and_used_by_others(victims, tmp_path, at):
+    ways = {"calibration": {"keep": True}, **SMALL}
+    told = victims.run(tmp_path / "one", **ways)
+    if at:
+        assert victims.run(tmp_path / "two", processes=2, at=at, timeout=20, **ways)[0] == {"state": "killed"}
+    said = victims.run(tmp_path / "two", processes=2, **ways)
+    assert [each["state"] for each in said] == ["made"] * 2
+    assert said[0]["reports"] == told["reports"]
+    expected = victims.content(tmp_path / "one")
+    assert victims.content(tmp_path / "two") == expected
+    assert sum(name.startswith("kept/calibration-") for name in expected) > 2
+    (tmp_path / "three").mkdir()
+    shutil.move(tmp_path / "two/kept", tmp_path / "three/kept")
+    said = victims.run(tmp_path / "three", processes=3, **ways)
+    assert [each["state"] for each in said] == ["made"] * 3
+    assert said[1]["reports"] == told["reports"]
+    assert victims.content(tmp_path / "three") == expected
