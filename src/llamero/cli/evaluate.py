@@ -44,7 +44,7 @@ def evaluate(
     compat: Literal["leaderboard-2023", "lm-eval"] | None = None,
     data: str | None = None,
     requests: Path | None = None,
-    diff: tuple[Path, Path] | None = None,
+    diff: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
     tolerance: float | None = None,
     text: Annotated[tuple[Path, ...], Parameter(consume_multiple=False, negative=())] = (),
     prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
@@ -269,12 +269,15 @@ def _compare(a: Path, b: Path, tolerance: float | None) -> None:
     found = diff.compare(a, b, tolerance=diff.TOLERANCE if tolerance is None else tolerance)
     for name, one, other in found.settings:
         out.print(f"{name}: {one} | {other}", highlight=False, soft_wrap=True, markup=False)
-    table = Table("task", "samples", "only in A", "only in B", "other prompt", "other value", "largest Δ", "score")
+    table = Table("task", "samples", "only in A", "only in B", "other prompt", "other value", "largest Δ")
     for task in found.tasks:
-        effects = [f"{e.metric} {e.a:.4f} → {e.b:.4f} ({e.changed} of {e.documents})" for e in task.effects]
         counts = (task.both, task.only_a, task.only_b, task.prompts, task.values)
-        table.add_row(task.task, *map(str, counts), f"{task.largest:.2g}", "\n".join(effects))
+        table.add_row(task.task, *map(str, counts), f"{task.largest:.2g}")
     out.print(table)
+    for task in found.tasks:
+        for e in task.effects:
+            text = f"{task.task}, {e.metric}: {e.a:.4f} → {e.b:.4f} ({e.changed} of {e.documents} documents changed)"
+            out.print(text, highlight=False, soft_wrap=True, markup=False)
     for task in found.tasks:
         for sample in task.first:
             place = f"{task.task}, document {sample.key.doc}, choice {sample.key.choice}"

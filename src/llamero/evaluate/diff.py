@@ -158,7 +158,7 @@ def _task(task: str, mine: Mapping[Key, Row], theirs: Mapping[Key, Row], toleran
     differing = [sample for key in both if (sample := _sample(key, a[key], b[key], tolerance)) is not None]
     prompts = {sample.key for sample in differing if sample.what in ("prompt", "tokens", "truncated")}
     moved = [
-        abs(a[k]["log_likelihood"] - b[k]["log_likelihood"]) for k in both if k not in prompts and _likely(a, b, k)
+        _apart(a[k]["log_likelihood"], b[k]["log_likelihood"]) for k in both if k not in prompts and _likely(a, b, k)
     ]
     return TaskDiff(
         task=task,
@@ -171,6 +171,11 @@ def _task(task: str, mine: Mapping[Key, Row], theirs: Mapping[Key, Row], toleran
         first=tuple(differing[:FIRST]),
         effects=tuple(_effects(both, a, b)),
     )
+
+
+def _apart(a: float, b: float) -> float:
+    """Return how far two log-likelihoods are from each other; two that are infinite alike are not."""
+    return 0.0 if a == b else abs(a - b)
 
 
 def _likely(a: Mapping[Key, Row], b: Mapping[Key, Row], key: Key) -> bool:
@@ -186,7 +191,7 @@ def _sample(key: Key, a: Row, b: Row, tolerance: float) -> Sample | None:
     if a.get("text") != b.get("text"):
         return Sample(key, "answer", repr(a.get("text")), repr(b.get("text")))
     one, other = a.get("log_likelihood"), b.get("log_likelihood")
-    if (one is None) != (other is None) or (one is not None and not abs(one - other) <= tolerance):
+    if (one is None) != (other is None) or (one is not None and not _apart(one, other) <= tolerance):
         return Sample(key, "log-likelihood", str(one), str(other))
     if a.get("greedy") != b.get("greedy"):
         return Sample(key, "greedy", str(a.get("greedy")), str(b.get("greedy")))

@@ -115,7 +115,7 @@ def key_of(row: Mapping[str, Any]) -> Key:
     except (KeyError, TypeError, ValueError) as error:
         raise LlameroError(
             f"a line is no sample: it has {', '.join(map(str, row)) or 'nothing'}",
-            fix="give a file that `llamero evaluate --samples FILE` wrote",
+            fix="give a file that `llamero evaluate … --out DIR` wrote",
         ) from error
 
 
@@ -126,5 +126,5 @@ def _refuse_other(there: Mapping[str, Any], said: Mapping[str, Any], path: Path)
         raise LlameroError(
             f"it holds samples made with another `{key}` ({there.get(key)!r}, now {said.get(key)!r})",
             where=path,
-            fix="give another file, or remove this one",
+            fix="give another directory with --out, or remove this file",
         )

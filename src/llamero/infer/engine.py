@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from llamero.infer import generate as generating
 from llamero.infer import likelihood
 from llamero.infer.context import context_length, device_of
+from llamero.infer.finished import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what moves scores, as JSON: which engine in which version, dtype, device, context."""
+        """Return what moves scores, as JSON: which engine in which version, dtype, device, context, weights."""
         ...
 
 
@@ -104,4 +106,10 @@ class OwnEngine:
             "dtype": str(self.model.model.norm.weight.dtype).removeprefix("torch."),
             "device": device_of(self.model).type,
             "context": self.context,
+            "weights": self._weights,
         }
+
+    @cached_property
+    def _weights(self) -> str:
+        """Return what tells these weights from others in the same place."""
+        return fingerprint(self.model)[:16]

@@ -1,5 +1,6 @@
 """Every sample is written down: a run that was cut off goes on, and two runs are compared sample by sample."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -127,6 +128,18 @@ def test_samples_of_something_else_are_not_gone_on_with(subject):
         measured(subject, limit=2)
 
 
+def test_samples_of_other_weights_are_not_taken_for_those_of_the_model(subject):
+    """A model that was trained on in its place must be asked again, not given its old scores."""
+    measured(subject, limit=1)
+    trained_on = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        trained_on.model.norm.weight.mul_(1.01)
+    again = replace(subject, engine=Counting(trained_on, subject.tokenizer))
+    with pytest.raises(LlameroError, match="another `engine`") as refused:
+        measured(again, limit=1)
+    assert "--out" in refused.value.fix
+
+
 def test_an_error_names_the_sample(subject, monkeypatch):
     def broken(self, requests, **_):
         raise LlameroError("NaN among the logits", where="request 3")
@@ -193,6 +206,14 @@ def test_sums_in_another_order_are_no_difference(two):
 
 def rows_of(folder):
     return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def test_what_is_infinitely_unlikely_in_both_is_no_difference(two):
+    for folder in two:
+        changed(folder, 1, log_likelihood=float("-inf"))
+    assert not diff.compare(*two).differs
+    changed(two[1], 1, log_likelihood=-3.0)
+    assert diff.compare(*two).tasks[0].largest == float("inf")
 
 
 def test_the_effect_on_scores_is_over_what_both_have(two):

@@ -221,15 +221,8 @@ class Client:
             with error:
                 said = self._without_key(_message(error.read(1 << 16)))
             raise _status(error.code, error.headers, said, url) from None
-        except TimeoutError as error:
-            raise _Failure(f"no answer within {limit:g} s", None) from error
-        except urllib.error.URLError as error:
-            slow = isinstance(error.reason, TimeoutError)
-            raise _Failure(
-                f"no answer within {limit:g} s" if slow else f"no connection ({error.reason})", None
-            ) from error
-        except (OSError, EOFError) as error:  # the connection broke in the middle
-            raise _Failure(f"the connection broke ({type(error).__name__})", None) from error
+        except (OSError, HTTPException) as error:
+            raise _Failure(_broken(error, limit), None) from error
         except ValueError as error:
             raise _Failure("an answer that is no JSON", None) from error
 

@@ -96,6 +96,12 @@ def test_an_answer_that_breaks_off_is_asked_for_again(server, client):
     assert say(client).text == "whole"
 
 
+@pytest.mark.parametrize("chunks", [b'5\r\n{"cho', b"no size\r\n{}", b""])
+def test_chunks_that_break_off_are_asked_for_again(server, client, chunks):
+    server.answer = answers((200, {"Transfer-Encoding": "chunked"}, chunks), chat("whole"))
+    assert say(client).text == "whole"
+
+
 def test_the_server_says_how_long_to_wait(server, client, pauses):
     soon = formatdate(time.time() + 100, usegmt=True)
     server.answer = answers(
