@@ -126,7 +126,7 @@ class Sees:
 
 
 def measured(monkeypatch, directory, engine, task, work):
-    monkeypatch.setattr("llamero.evaluate.run.OwnEngine", lambda model, tokenizer: engine)
+    monkeypatch.setattr("llamero.evaluate.run.OwnEngine", lambda model, tokenizer, **_: engine)
     (result,) = run(task, model=directory, name="m", template="auto", root=Path("/"), work=work)
     return result
 
