@@ -76,6 +76,7 @@ def evaluate(
     engine: str | None = None,
     judge: str | None = None,
     judge_model: str | None = None,
+    judge_template: str | None = None,
     judge_key_variable: str | None = None,
     votes: int | None = None,
     judge_mode: Literal["single", "pairwise-baseline", "pairwise-all"] | None = None,
@@ -171,6 +172,8 @@ def evaluate(
         model of OpenAI (gpt-4 by default), or a model to run here (directory or owner/name of the hub).
     judge_model
         What the judge is called on its server.
+    judge_template
+        Chat template of a judge that runs here; its own by default.
     judge_key_variable
         Environment variable that holds the judge's API key; OPENAI_API_KEY by default.
     votes
@@ -235,13 +238,14 @@ def evaluate(
         "engine": engine,
         "judge": judge if judge is None or not Path(judge).exists() else str(Path(judge).resolve()),
         "judge_model": judge_model,
+        "judge_template": judge_template,
         "judge_key_variable": judge_key_variable,
         "votes": votes,
         "judge_mode": judge_mode,
         "answers": None if answers is None else str(answers.resolve()),
         "baseline": baseline,
         "max_new_tokens": max_new_tokens,
-        "unanswered": "count" if "mt_bench" in tasks.split(",") else None,
+        "unanswered": "count" if "mt_bench" in map(str.strip, tasks.split(",")) else None,
     }
     wanted = several(tasks, {key: value for key, value in given.items() if value is not None})
     if requests is not None:

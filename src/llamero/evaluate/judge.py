@@ -27,6 +27,7 @@ from llamero.model.load import load_model
 from llamero.parallel.config import ParallelConfig
 from llamero.parallel.world import device
 from llamero.text.messages import Message
+from llamero.text.render import resolve
 from llamero.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -146,10 +147,17 @@ class LocalJudge:
         model: Directory, GGUF file or hub name.
         temperature: Of its words.
         template: Its chat template; `auto` is its own.
+
+    Raises:
+        LlameroError: There is no such model, or it has no such template.
     """
 
     def __init__(self, model: str, *, temperature: float, template: str = "auto") -> None:
         self._path = resolve_model(model)
+        try:
+            resolve(template, load_tokenizer(self._path))
+        except LlameroError as error:
+            raise LlameroError(error.problem, where=f"judge {model}", fix="name one in `judge_template`") from error
         self.name = file_name(model)
         self._temperature, self._template = temperature, template
 

@@ -350,6 +350,12 @@ def test_a_local_model_judges_too(measure, model, tmp_path, monkeypatch):
     assert len(lines(tmp_path / "out" / "model_judgment" / "small_single.jsonl")) == 6
 
 
+def test_a_local_judge_without_a_template_is_said_before_anything_is_asked(measure, model, tmp_path):
+    with pytest.raises(LlameroError, match=r"judge .*small: `auto` is the model's own.*\n.*judge_template"):
+        measure(judge=str(model), judge_model=None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_question_without_room_for_an_answer_is_counted(measure, model, data, tmp_path):
     long = tmp_path / "long"
     write(long / "judge_prompts.jsonl", lines(data / "judge_prompts.jsonl"))
