@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llamero.core.errors import LlameroError
+from llamero.evaluate import per_sample
 from llamero.evaluate.per_sample import ABOUT, FILE, Key, key_of, rows_of
 
 if TYPE_CHECKING:
@@ -106,21 +106,10 @@ def _read(path: Path) -> list[Row]:
         raise LlameroError(
             "no file of samples", where=file, fix="give what `llamero evaluate … --out DIR` wrote, or its directory"
         )
-    data = file.read_bytes()  # no Journal: that mends the file, which somebody may be writing
-    records = [_record(line, f"{file}:{number}") for number, line in enumerate(data.split(b"\n")[:-1], 1)]
+    records = per_sample.read(file)
     if not rows_of(records):
         raise LlameroError("no samples in it", where=file, fix="run the evaluation to its end")
     return records
-
-
-def _record(line: bytes, where: str) -> Row:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise LlameroError("not JSON", where=where, fix="give a file of samples") from error
-    if not isinstance(record, dict):
-        raise LlameroError("not a JSON object", where=where, fix="give a file of samples")
-    return record
 
 
 def _by_key(records: Sequence[Row]) -> dict[Key, Row]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamero.core.errors import LlameroError
@@ -59,9 +60,11 @@ class SampleFile:
     """
 
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:
-        self._journal = None if path is None else Journal(path)
-        self._writes = writes
-        self._there = {} if self._journal is None else {key_of(row): row for row in rows_of(self._journal.records)}
+        self._path = path
+        self._journal = Journal(path) if path is not None and writes else None
+        records = [] if path is None else self._journal.records if self._journal is not None else read(path)
+        self._records = list(records)
+        self._there = {key_of(row): row for row in rows_of(self._records)}
 
     def begin(self, label: str, about: Mapping[str, Any]) -> None:
         """Say what the samples to come were made with.
@@ -73,14 +76,14 @@ class SampleFile:
         Raises:
             LlameroError: The file holds samples of the same task that were made with something else.
         """
-        if self._journal is None:
+        if self._path is None:
             return
         said = json.loads(json.dumps({ABOUT: label, **about}))
-        for record in self._journal.records:
+        for record in self._records:
             if record.get(ABOUT) == label:
-                _refuse_other(record, said, self._journal.path)
+                _refuse_other(record, said, self._path)
                 return
-        if self._writes:
+        if self._journal is not None:
             self._journal.append(said)
 
     def known(self, keys: Iterable[Key]) -> list[dict[str, Any]] | None:
@@ -95,8 +98,33 @@ class SampleFile:
             if key in self._there:
                 continue
             self._there[key] = row
-            if self._journal is not None and self._writes:
+            if self._journal is not None:
                 self._journal.append(row)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file that somebody else may be writing: half a line at its end is left out.
+
+    Raises:
+        LlameroError: A line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    found = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    with suppress(LlameroError):  # a whole line but for its end counts, as it does for a journal
+        found.append(_record(last, str(path)))
+    return found
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise LlameroError("not JSON", where=where, fix="give a file of samples") from error
+    if not isinstance(record, dict):
+        raise LlameroError("not a JSON object", where=where, fix="give a file of samples")
+    return record
 
 
 def rows_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

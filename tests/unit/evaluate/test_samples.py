@@ -11,7 +11,7 @@ from llamero.cli import app, main
 from llamero.core.errors import LlameroError
 from llamero.evaluate import ask, diff, tokens
 from llamero.evaluate.config import H4Task, named
-from llamero.evaluate.per_sample import FILE
+from llamero.evaluate.per_sample import FILE, Key, SampleFile
 from llamero.evaluate.subject import Subject
 from llamero.infer.engine import OwnEngine
 from llamero.model.config import LlamaConfig
@@ -120,6 +120,19 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_in_the_same_bytes(subject, monk
     subject.engine.asked = 0
     assert measured(subject) == whole
     assert subject.engine.asked == 0
+
+
+def test_who_does_not_write_reads_what_who_writes_reads(subject):
+    measured(subject, limit=1)
+    file = subject.work / FILE
+    whole = file.read_bytes()
+    for cut, known in ((0, True), (1, True), (5, False)):  # whole, without the end of its line, half a line
+        file.write_bytes(whole[: len(whole) - cut])
+        last = [Key("truthfulqa_mc", 0, 3)]
+        reader = SampleFile(file, writes=False)
+        assert file.read_bytes() == whole[: len(whole) - cut]
+        writer = SampleFile(file)
+        assert (reader.known(last) is not None) is (writer.known(last) is not None) is known
 
 
 def test_samples_of_something_else_are_not_gone_on_with(subject):
