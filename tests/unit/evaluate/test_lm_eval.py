@@ -10,7 +10,7 @@ import pytest
 
 from llamero.cli import app
 from llamero.core.errors import LlameroError
-from llamero.evaluate import h4, lm_eval_run
+from llamero.evaluate import h4, lm_eval_run, tokens
 from llamero.evaluate.config import LmEvalTask, named
 from llamero.evaluate.questions import LM_EVAL
 
@@ -72,6 +72,10 @@ def test_log_likelihoods_are_those_of_hf(ours, theirs, real, name):
     (task,) = h4.tasks(real, [name], rules=LM_EVAL, limit=LIMIT)
     pairs = [(request.context, request.continuation) for request in task.requests]
     pairs = random.Random(0).sample(pairs, min(10, len(pairs)))
+    own = ours.own  # what H4 asks by itself are the same ids
+    assert [tokens.pair(own, *pair, bos=own.add_bos) for pair in pairs] == [
+        theirs._encode_pair(*pair) for pair in pairs
+    ]
     requests = asked("loglikelihood", *pairs)
     mine, hf = ours.loglikelihood(requests), theirs.loglikelihood(requests)
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in hf]
