@@ -144,7 +144,10 @@ class Bench:
         rows = self._judged("single", list(self._ratings(model, answers)))
         rated = [Rated(row["question_id"], row["turn"], row["score"], row.get("vote", 1)) for row in rows]
         categories = {q.id: q.category for q in self._questions}
-        found = scores(rated, categories)
+        try:
+            found = scores(rated, categories)
+        except LlameroError as error:
+            raise LlameroError(error.problem, where=self._place("single"), fix=error.fix) from error
         self._picture(model, found)
         task = self._task
         how = f"{len(self._questions)} questions, {TURNS} turns, one rating of {LOWEST} to {HIGHEST} each"
@@ -169,9 +172,13 @@ class Bench:
         more = {"vote": vote} if vote > 1 else {}
         return more if task.judge_temperature == 0 else {**more, "temperature": task.judge_temperature}
 
+    def _place(self, kind: str) -> Path:
+        """Return the file of this judge's judgments."""
+        return self._out / "model_judgment" / f"{file_name(self._judge.name)}_{kind}.jsonl"
+
     def _judged(self, kind: str, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Return the lines of all judgments; one without an answer ends the run, unless they are counted."""
-        place = self._out / "model_judgment" / f"{file_name(self._judge.name)}_{kind}.jsonl"
+        place = self._place(kind)
         rows = Court(self._judge, Journal(place)).judge_all(questions)
         self._versions = sorted({row["judge_version"] for row in rows if "judge_version" in row})
         missing = sum(row["judgment"] == UNANSWERED for row in rows)
@@ -194,8 +201,7 @@ class Bench:
 
     def _picture(self, model: str, found: Scores) -> None:
         """Draw the categories of this model, and of the others that this judge has judged here."""
-        name = file_name(self._judge.name)
-        place = self._out / "model_judgment" / f"{name}_single.jsonl"
+        name, place = file_name(self._judge.name), self._place("single")
         categories = {q.id: q.category for q in self._questions}
         rated: dict[str, list[Rated]] = {}
         for row in Journal(place).records:
@@ -232,6 +238,7 @@ class Bench:
         if model not in found:
             raise LlameroError(
                 "no judgment of this model's answers holds a verdict",
+                where=self._place("pair"),
                 fix="read what the judge says: it must end with [[A]]",
             )
         against = task.baseline if task.judge_mode == "pairwise-baseline" else f"{len(everybody) - 1} models"
@@ -269,7 +276,7 @@ class Bench:
 
     def _write_pairs(self, matches: Sequence[dict[str, Any]]) -> None:
         """Write FastChat's file; matches of other models that it holds stay."""
-        journal = Journal(self._out / "model_judgment" / f"{file_name(self._judge.name)}_pair.jsonl")
+        journal = Journal(self._place("pair"))
         mine = {_slot_of(match) for match in matches}
         others = [record for record in journal.records if _slot_of(record) not in mine]
         journal.rewrite([*others, *matches])
