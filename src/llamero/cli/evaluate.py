@@ -192,7 +192,8 @@ def evaluate(
         a model (the directory of its judge-replies.json) or FastChat's model_judgment file; no model is read.
     out_dir
         Directory that gets every sample, one JSON line each (h4 and its parts: samples.jsonl) or FastChat's files
-        (mt_bench; ./mt_bench by default); run again to go on where it stopped.
+        (mt_bench; ./mt_bench by default) or the report (sampling; here by default); run again to go on where it
+        stopped.
     json
         Also write the results to this file.
     """
