@@ -19,6 +19,7 @@ HUB = "hub"
 TODAY = ("openllm", "truthfulqa_mc1", "winogrande", "gsm8k")
 """What the leaderboard of 2023 did not ask, or not by itself."""
 WITH_MMLU = ("h4", "openllm", "mmlu")
+"""Tasks that hold subjects of MMLU."""
 
 
 OWN_ENGINE = "llamero"
@@ -106,6 +107,8 @@ class H4Task(_Task):
     def _asked_by_somebody(self) -> Self:
         if self.tasks in TODAY and self.compat != "lm-eval":
             raise ValueError(f"`{self.tasks}` is asked by `compat: lm-eval`")
+        if self.subjects is not None and self.tasks not in WITH_MMLU:
+            raise ValueError(f"`{self.tasks}` has no subjects: leave `subjects` out")
         if isinstance(self.subjects, int) and self.subjects < 1:
             raise ValueError("`subjects` takes 1 at least")
         return self

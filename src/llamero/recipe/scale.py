@@ -18,9 +18,11 @@ from llamero.corpus.toy_files import ToyFile
 from llamero.data.config import FileSource, MixtureConfig, ToyWorldSource
 from llamero.engine.stage import ProbeConfig, StageConfig
 from llamero.evaluate.config import (
+    WITH_MMLU,
     EvaluateConfig,
     H4Task,
     HumanEvalTask,
+    LmEvalTask,
     MtBenchTask,
     NeedleTask,
     PerplexityTask,
@@ -384,8 +386,11 @@ class _Tiny:
             case H4Task():
                 if not self.here(task.data):
                     return False
-                for key, before, most in (("limit", task.limit, QUESTIONS), ("subjects", task.subjects, 1)):
-                    said.put(key, before, min(before or most, most))
+                said.put("limit", task.limit, min(task.limit or QUESTIONS, QUESTIONS))
+                if task.tasks in WITH_MMLU:
+                    said.put("subjects", task.subjects, task.subjects[:1] if isinstance(task.subjects, list) else 1)
+            case LmEvalTask():
+                said.put("limit", task.limit, min(task.limit or QUESTIONS, QUESTIONS))
             case PerplexityTask() | WikitextTask():
                 return self._small_texts(task, said)
             case ToyWorldTask():
