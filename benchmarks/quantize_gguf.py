@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantize_vs_peers import SHARED, Peer, tokens_of
+from quantize_vs_peers import SHARED, Peer, tokens_of  # pyright: ignore[reportAttributeAccessIssue]
 from record import append
 from safetensors.torch import save_file
 

@@ -243,7 +243,7 @@ def report(
         beside=round(more, 4),
         peak_gib=gib(together),
         ratios=ratios,
-        **({"peers": recorded} if recorded else {}),
+        peers=recorded or "run",
         kl={f"{program}: {case.name}": float(f"{value:.4e}") for (program, case), value in kl.items()},
     )
 
@@ -251,7 +251,7 @@ def report(
 def add_recorded(ratios: dict[str, Any], together: Cost) -> str:
     """Add what peers cost when they were last run, of which only the sums are kept; return when that was."""
     rows = [json.loads(line) for line in (Path(__file__).parent / "results/quantize_vs_peers.jsonl").open()]
-    row = next((row for row in reversed(rows) if row["ratios"] and "peers" not in row), None)
+    row = next((row for row in reversed(rows) if row["ratios"] and row.get("peers", "run") == "run"), None)
     if row is None:
         return ""
     for program, kept in row["ratios"].items():

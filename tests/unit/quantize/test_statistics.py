@@ -97,6 +97,7 @@ def test_of_bfloat16_only_what_was_not_expected_is_rounded():
     common = torch.randn(40, generator=generator)
     groups = [(common + 0.5 * torch.randn(512, 40, generator=generator)).bfloat16() for _ in range(8)]
     unit = units(groups[0], len(groups))
+    assert unit.expected is not None
     unaware = Units(unit.scale, unit.unit, torch.zeros_like(unit.expected))
     assert 3 * error_of_bfloat16(groups, unit) < error_of_bfloat16(groups, unaware)
     assert error_of_bfloat16(groups, Units(unit.scale, unit.unit)) < 1e-5  # as float32 where nothing is expected
