@@ -14,7 +14,11 @@ WHOLE = "layer"
 FINE = 3
 """Tasks for each process, where they can be made: the last to be finished keeps nobody waiting for long."""
 
-_PER_WEIGHT: dict[str, float] = {"gptq": 3000, "awq": 6000, "gguf": 12000}
+COARSE = frozenset({"gguf"})
+"""Methods whose variants share more than a factor (mixes have types of blocks in common): they are cut only where their
+task would be more than a process's share of the layer."""
+
+_PER_WEIGHT: dict[str, float] = {"gptq": 3000, "awq": 6000, "gguf": 6000}
 """What a weight costs beside products with all channels, in channels; of other methods nothing but that counts."""
 
 
@@ -47,8 +51,9 @@ def tasks(problems: LayerProblems, wanted: dict[str, list[Variant]], *, processe
     found = list(_whole(problems, wanted))
     if processes == 1:
         return found
-    most = sum(task.cost for task in found) / (FINE * processes)
-    small = [each for task in found for each in _split(problems, task, most)]
+    share = sum(task.cost for task in found) / processes
+    mosts = [share if task.method in COARSE else share / FINE for task in found]
+    small = [each for task, most in zip(found, mosts, strict=True) for each in _split(problems, task, most)]
     return sorted(small, key=lambda task: -task.cost)
 
 
