@@ -180,7 +180,8 @@ def _sample(key: Key, a: Row, b: Row, tolerance: float) -> Sample | None:
     if a.get("text") != b.get("text"):
         return Sample(key, "answer", repr(a.get("text")), repr(b.get("text")))
     one, other = a.get("log_likelihood"), b.get("log_likelihood")
-    if (one is None) != (other is None) or (one is not None and not _apart(one, other) <= tolerance):
+    near = one is other if one is None or other is None else _apart(one, other) <= tolerance
+    if not near:
         return Sample(key, "log-likelihood", str(one), str(other))
     if a.get("greedy") != b.get("greedy"):
         return Sample(key, "greedy", str(a.get("greedy")), str(b.get("greedy")))

@@ -150,7 +150,7 @@ def test_samples_of_other_weights_are_not_taken_for_those_of_the_model(subject):
     again = replace(subject, engine=Counting(trained_on, subject.tokenizer))
     with pytest.raises(LlameroError, match="another `engine`") as refused:
         measured(again, limit=1)
-    assert "--out" in refused.value.fix
+    assert "--out" in str(refused.value.fix)
 
 
 def test_an_error_names_the_sample(subject, monkeypatch):

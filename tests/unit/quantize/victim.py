@@ -114,7 +114,8 @@ def make(order: Order, rank: int) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], order["largest_file"]))
     root = Path(order["root"])
     generator = torch.Generator().manual_seed(order["seed"])
-    calibration = Calibration(**{"mixture": "chat", "compute": "float32"} | order["calibration"])
+    keys: dict[str, Any] = {"mixture": "chat", "compute": "float32", **order["calibration"]}
+    calibration = Calibration(**keys)
     try:
         with files.disk_errors_named(root):
             reports = run(
