@@ -206,9 +206,11 @@ def _walk(model: Llama, work: Work, wanted: Sequence[int], softmax: Softmax) -> 
             here = work.passes[number]
             if last is not None:
                 cache.keep(prefix_tree.slots(tree, last, here[0]))
-            hidden = _forward(model, cache, tree, here)
+            start, stop = np.searchsorted(tree.asked_nodes, here)
+            nodes, rows = np.unique(tree.asked_nodes[start:stop] - here[0], return_inverse=True)
+            hidden = _forward(model, cache, tree, here, nodes if len(nodes) else np.zeros(1, dtype=np.int64))
             if number in asked:
-                yield number, _found(model, tree, here, hidden, softmax)
+                yield number, _found(model, tree, slice(start, stop), (hidden, rows), softmax)
             last = here
             line.advance(here[1] - here[0])
 
@@ -222,8 +224,8 @@ def _keys(work: Work, number: int) -> int:
     return int(work.tree.depths[work.passes[number][0]]) + _nodes(work, number)
 
 
-def _forward(model: Llama, cache: PathCache, tree: PrefixTree, here: Range) -> Tensor:
-    """Return the last hidden states of the nodes of a pass."""
+def _forward(model: Llama, cache: PathCache, tree: PrefixTree, here: Range, nodes: prefix_tree.Ids) -> Tensor:
+    """Return the last hidden states of some nodes of a pass; none of the others goes through the last MLP."""
     device, part = device_of(model), slice(*here)
     cache.begin(int(tree.depths[here[0]]))
     layout = Tree(torch.from_numpy(prefix_tree.local_parents(tree, here)).to(device), here[1] - here[0])
@@ -231,17 +233,24 @@ def _forward(model: Llama, cache: PathCache, tree: PrefixTree, here: Range) -> T
     positions = torch.from_numpy(tree.depths[part].astype(np.int64)).to(device)
     rotation = model.rotation(positions, lengths[:1] if len(set(lengths)) == 1 else lengths)
     ids = torch.from_numpy(tree.ids[part].astype(np.int64)).to(device)
-    return model.hidden(ids, rotation, layout, cache)
+    return model.hidden(ids, rotation, layout, cache, only=torch.from_numpy(nodes).to(device))
 
 
-def _found(model: Llama, tree: PrefixTree, here: Range, hidden: Tensor, softmax: Softmax) -> Part:
-    """Return what is asked at the nodes of a pass: sums per sequence, and whether all its tokens were the likeliest."""
-    start, stop = np.searchsorted(tree.asked_nodes, here)
-    nodes, targets, places = (
-        torch.from_numpy(each[start:stop].astype(np.int64))
-        for each in (tree.asked_nodes - here[0], tree.asked_ids, tree.asked_places)
-    )
-    found, likeliest = token_log_probs(model, hidden, nodes, targets)
+def _found(
+    model: Llama, tree: PrefixTree, asked: slice, seen: tuple[Tensor, prefix_tree.Ids], softmax: Softmax
+) -> Part:
+    """Return what is asked in a pass: sums per sequence, and whether all its tokens were the likeliest.
+
+    Args:
+        model: The model.
+        tree: The tree.
+        asked: Which of what is asked of the tree.
+        seen: Hidden states, and the row of them that each of what is asked is about.
+        softmax: As of `log_likelihoods`.
+    """
+    hidden, rows = seen
+    targets, places = (torch.from_numpy(each[asked].astype(np.int64)) for each in (tree.asked_ids, tree.asked_places))
+    found, likeliest = token_log_probs(model, hidden, torch.from_numpy(rows.astype(np.int64)), targets)
     if softmax == "model":
         found = found.to(hidden.dtype).double()
     unique, inverse = places.unique(return_inverse=True)

@@ -123,9 +123,12 @@ class Block(nn.Module):
         layout: Layout,
         cache: tuple[Cache, int] | None = None,
         noise: LayerNoise = SILENT,
-    ) -> Float[Tensor, "tokens dim"]:
-        """Add what attention and what the MLP have to say."""
+        only: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "kept dim"]:
+        """Add what attention and what the MLP have to say; `only` these tokens come out of it, where it is given."""
         x = x + drop(self.self_attn(self.input_layernorm(x), rotation, layout, cache, noise), noise.attention)
+        if only is not None:
+            x = x[only]
         return x + drop(self.mlp(self.post_attention_layernorm(x)), noise.mlp)
 
 
@@ -185,14 +188,25 @@ class Llama(nn.Module):
         layout: Layout,
         cache: Cache | None = None,
         noise: Noise | None = None,
-    ) -> Float[Tensor, "tokens dim"]:
-        """Return the normalized last hidden state of each token; `lm_head` of it are the logits."""
+        only: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "kept dim"]:
+        """Return the normalized last hidden state of each token; `lm_head` of it are the logits.
+
+        Args:
+            ids: The tokens.
+            rotation: Theirs.
+            layout: Who sees whom.
+            cache: Where keys and values of earlier tokens wait.
+            noise: What training leaves out or adds.
+            only: Return the states of these tokens alone; the last MLP is spared the others.
+        """
         x = self.model.embed_tokens(ids)
         if noise is not None:
             x = noise.on_embeddings(x)
         for number, block in enumerate(self.model.layers):
             here = None if cache is None else (cache, number)
-            x = block(x, rotation, layout, here, SILENT if noise is None else noise.of_layer(number))
+            last = {} if only is None or number + 1 < len(self.model.layers) else {"only": only}
+            x = block(x, rotation, layout, here, SILENT if noise is None else noise.of_layer(number), **last)
         return self.model.norm(x)
 
     def packed_hidden(
