@@ -8,7 +8,7 @@ same bits as one process does.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,7 +163,7 @@ def log_likelihoods(
     together = nullcontext() if others is None else others.together()
     finished = Finished(kept, _identity(model, work, softmax), others)
     own = _own_share(work, finished, others)
-    with together:
+    with together, _memory_named(model, work, tokens):
         for number, part in _walk(model, work, own, softmax):
             _refuse_nan(work, part)
             finished.add(number, part)
@@ -177,6 +177,19 @@ def log_likelihoods(
         Scored(float(sums[place]), bool(greedy[place]), len(request[1]), cut)
         for place, request, cut in zip(work.places, requests, work.lost, strict=True)
     ]
+
+
+@contextmanager
+def _memory_named(model: Llama, work: Work, tokens: int) -> Iterator[None]:
+    """Say what did not fit, and what would."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = work.bytes_needed(model.config, model.model.norm.weight.dtype) / 2**30
+        raise LlameroError(
+            f"the device has no memory left for keys and values ({size:.2f} GiB) and a pass of {tokens:,} tokens",
+            fix="use bfloat16, a quantized version of the model, or a larger device",
+        ) from error
 
 
 def _identity(model: Llama, work: Work, softmax: Softmax) -> list[str]:

@@ -15,6 +15,7 @@ from llamero.core.errors import LlameroError
 from llamero.infer import likelihood, prefix_tree, score
 from llamero.infer.context import rope_length
 from llamero.infer.likelihood import log_likelihoods, prepare
+from llamero.model.linear import pack
 
 
 @torch.no_grad()
@@ -276,3 +277,22 @@ def test_logits_exist_where_something_is_asked_and_a_few_rows_at_a_time(model, m
     tree = prepare(model.config, requests, pass_tokens=64).tree
     assert max(rows) <= 7
     assert sum(rows) == len(set(tree.asked_nodes.tolist())) < len(tree)
+
+
+def test_quantized_models_walk_as_they_run_one_request(model, draw):
+    quantized = copy.deepcopy(model)
+    pack(quantized.model.layers, "nf4")
+    requests = quiz(draw)
+    scores = log_likelihoods(quantized, requests, pass_tokens=40)
+    assert_right(quantized, requests, scores)
+    assert scores != log_likelihoods(model, requests, pass_tokens=40)
+
+
+def test_what_does_not_fit_on_the_device_is_said_with_the_way_out(model, draw, monkeypatch):
+    def full(*_args, **_how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "hidden", full)
+    with pytest.raises(LlameroError, match=r"0\.00 GiB\) and a pass of 40 tokens") as refused:
+        log_likelihoods(model, quiz(draw), pass_tokens=40)
+    assert "bfloat16" in str(refused.value.fix)
