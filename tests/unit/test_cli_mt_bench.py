@@ -46,7 +46,7 @@ def test_fastchats_judgments_are_recomputed_too(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--mt-bench-replies", "/no/such"], "no judge-replies.json"),
+        (["--mt-bench-replies", "/no/such"], "no such file or directory"),
         (["m", "--tasks", "mt_bench", "--judge", "http://localhost:1/v1"], "judge_model"),
         (["m", "--tasks", "mt_bench", "--votes", "0"], "votes"),
         (["m", "--tasks", "toy_world", "--judge", "x"], "judge"),

@@ -151,7 +151,7 @@ def _measurements(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, flo
         main = {"score": metrics[first]}
         main |= {"score_stderr": metrics[f"{first}_stderr"]} if f"{first}_stderr" in metrics else {}
         count = found.get("n-samples", {}).get(name, {}).get("effective")
-        main |= {"questions": float(count)} if count is not None else {}
+        main |= {"questions": int(count)} if count is not None else {}
         shots = found.get("n-shot", {}).get(name)
         version = found.get("versions", {}).get(name)
         said = [f"lm-eval task {name}", f"version {version}" if version is not None else "", f"score is {first}"]

@@ -190,8 +190,9 @@ def scores(rated: Iterable[Rated], categories: Mapping[int, str]) -> Scores:
     turns = {turn: [each.score for each in given if each.turn == turn] for turn in sorted({e.turn for e in every})}
     empty = [turn for turn, found in turns.items() if not found]
     if empty or not turns:
+        turn = empty[0] if empty else 1
         raise LlameroError(
-            f"none of {len(every)} judgments of turn {empty[0] if empty else 1} holds a rating",
+            f"none of {sum(each.turn == turn for each in every)} judgments of turn {turn} holds a rating",
             fix="read what the judge says: it must end with [[rating]]",
         )
     means = {turn: statistics.fmean(found) for turn, found in turns.items()}

@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from llamero.core import world
+from llamero.core import progress, world
 from llamero.core.errors import LlameroError
 from llamero.core.results import Result
 from llamero.evaluate import per_sample
@@ -80,7 +80,7 @@ def judge(engine: Engine, cells: Sequence[Cell], *, freely: bool) -> list[Found]
     scored = engine.score([(cell.prompt, cell.answer) for cell in cells])
     said: list[str | None] = [None] * len(cells)
     if freely:
-        for number, cell in enumerate(cells):
+        for number, cell in enumerate(progress.track(cells, "answer freely", unit="questions")):
             sampling = Sampling(temperature=0, max_new_tokens=len(cell.answer) + MORE)
             said[number] = engine.generate([cell.prompt], sampling)[0].text
     return [Found(each.greedy, each.log_likelihood, text) for each, text in zip(scored, said, strict=True)]

@@ -35,6 +35,8 @@ def recomputed(path: Path, data: Path | None = None) -> dict[str, Any]:
     """
     if path.is_file() and path.suffix == ".jsonl":
         return _of_fastchat(path, _categories(path, data))
+    if not path.exists():
+        raise LlameroError("no such file or directory", where=path, fix="give the directory of one model's report")
     file = path if path.is_file() else _one(path)
     replies = _json(file)
     if not isinstance(replies, list) or not replies:

@@ -23,6 +23,7 @@ from llamero.corpus import sampling_reports
 from llamero.corpus.sampling_reports import Asked, Configuration, Outputs, Report
 from llamero.infer.beams import beam_search
 from llamero.infer.context import context_length, device_of
+from llamero.infer.finished import fingerprint
 from llamero.infer.generate import Request, events
 from llamero.infer.sampler import Sampling
 from llamero.text.messages import Message
@@ -250,7 +251,7 @@ def make(plan: Plan, model: Llama, writer: Writer, *, name: str, work: Path) -> 
             f"no prompt leaves room for an answer in the model's context of {limit} tokens", where=f"model {name}"
         )
     todo = {place: each for place, each in todo.items() if len(each[0].prompt) < limit}
-    known = _Known(work / JOURNAL, {"model": _fingerprint(model), "asked": _digest(todo)})
+    known = _Known(work / JOURNAL, {"model": fingerprint(model), "asked": _digest(todo)})
     with progress.Line(f"sample {name}", total=len(todo), unit="outputs", done=len(known.outputs)) as line:
         for place, ids, cut in _answers(model, {p: r for p, r in todo.items() if p not in known.outputs}):
             known.add(place, writer.text(ids, skip_special=plan.skip_special_tokens), cut)
@@ -354,15 +355,6 @@ def _digest(todo: Mapping[Place, tuple[Request, int]]) -> str:
         told = {key: value for key, value in vars(request.sampling).items() if key != "stop_ids"}
         said = [place.prompt, place.configuration, place.sample, request.prompt, beams, told]
         digest.update(json.dumps([*said, sorted(request.sampling.stop_ids)]).encode())
-    return digest.hexdigest()
-
-
-def _fingerprint(model: Llama) -> str:
-    """Return a digest of a little of every weight: another model in the same place is noticed."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        few = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16].double().tolist()
-        digest.update(json.dumps([name, list(tensor.shape), few]).encode())
     return digest.hexdigest()
 
 

@@ -134,8 +134,11 @@ def _encoded(text: str, tokenizer: Tokenizer, tokens: int | None) -> list[int]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise LlameroError("text to measure on is missing", where=path) from error
     except UnicodeDecodeError as error:
         raise LlameroError(f"not UTF-8: {error.reason}", where=path) from error
+    if not text:
+        raise LlameroError("the text is empty: there is nothing to predict", where=path)
+    return text

@@ -131,7 +131,7 @@ def test_votes_have_a_spread():
 
 
 def test_a_judge_that_says_nothing_is_an_error():
-    with pytest.raises(LlameroError, match="none of 3 judgments of turn 2 holds a rating"):
+    with pytest.raises(LlameroError, match="none of 1 judgments of turn 2 holds a rating"):
         scores([Rated(1, 1, 5), Rated(2, 1, 5), Rated(1, 2, -1)], CATEGORIES)
 
 

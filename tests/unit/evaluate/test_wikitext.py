@@ -14,7 +14,7 @@ from llamero.evaluate.config import PerplexityTask, WikitextTask, named
 from llamero.evaluate.run import run
 from llamero.infer import texts
 from llamero.model.load import load_model
-from llamero.text.tokenizer import load_tokenizer
+from llamero.text.tokenizer import load_tokenizer, train_bpe
 
 DATA = Path(os.environ.get("LLAMERO_SHARED", Path(__file__).resolve().parents[4] / "shared")) / "data"
 PAGE = (
@@ -180,3 +180,11 @@ def test_chunks_have_no_stride():
 def test_wikitext_needs_a_text():
     with pytest.raises(LlameroError, match="`wikitext` of what"):
         named("wikitext", {})
+
+
+@pytest.mark.parametrize("read", [texts.of_file, texts.of_chunks])
+def test_an_empty_text_is_named(tmp_path, read):
+    how = {"window": 8, "stride": 4} if read is texts.of_file else {"window": 8}
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(LlameroError, match=r"empty\.txt: the text is empty"):
+        read("empty", tmp_path / "empty.txt", train_bpe(iter(["a b"]), vocab_size=270), **how)
